@@ -1,0 +1,84 @@
+"""Image bytes to pixels and back, with one rule for everything a camera or a collector may have left in a file."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from facenet_jax.errors import BadInput
+
+MAX_PIXELS = 100_000_000
+
+
+def decode(data: bytes) -> np.ndarray:
+    """JPEG or PNG bytes of a record -> uint8 RGB [h, w, 3]; ValueError where they are damaged."""
+    if data[:2] == b"\xff\xd8":
+        return simplejpeg.decode_jpeg(data, "RGB")
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise ValueError("not a JPEG or PNG image")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def open_photograph(data: bytes) -> np.ndarray:
+    """Bytes of any image file -> uint8 RGB [h, w, 3].
+
+    EXIF orientation is obeyed, the first frame of an animation taken, grey, CMYK, palette and 16-bit pixels converted, alpha laid over
+    white. BadInput says what is wrong with a file that is not an image, is cut off, or has over 100 million pixels.
+    """
+    if not data:
+        raise BadInput("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInput(f"{image.width}x{image.height} pixels are too many (limit {MAX_PIXELS:,})")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise BadInput("not an image") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"damaged image ({error})") from None
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        # Pillow clips 16-bit grey to 8 bits where a photograph wants it scaled.
+        grey = values / 257 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def is_plain(data: bytes) -> bool:
+    """True for bytes that a record may carry as they are: a baseline RGB or grey JPEG or 8-bit PNG, upright, one frame."""
+    image = Image.open(io.BytesIO(data))
+    upright = image.getexif().get(0x0112, 1) == 1
+    modes = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L")}.get(image.format or "", ())
+    return upright and image.mode in modes and getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
+
+
+def encode(pixels: np.ndarray, form: str = "jpeg") -> bytes:
+    """uint8 RGB [h, w, 3] -> JPEG of quality 95 without chroma subsampling, or PNG."""
+    if form == "png":
+        ok, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        assert ok
+        return data.tobytes()
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 95, "RGB", "444")
+
+
+def resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear, antialiased when it shrinks (Pillow's, which is also what scipy.misc.imresize did) -> [size, size, 3]."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))

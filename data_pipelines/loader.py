@@ -1,0 +1,88 @@
+"""Records to host batches: the only file that knows grain.
+
+Everything about a row, which record and which chance, follows from (seed, batch number, row): the position of a run is
+one integer, whatever the number of workers or hosts. Worker processes make whole batches, every host its own rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from data_pipelines import images, transforms
+from data_pipelines.sources import Source
+from facenet_jax.errors import BadInput
+
+
+class Sampler(Protocol):
+    """Says which records make a batch."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        ...
+
+    def batch(self, number: int) -> np.ndarray:
+        """Record indices [rows]."""
+        ...
+
+
+def load_pixels(source: Source, index: int) -> np.ndarray:
+    """One decoded record, uint8 RGB [h, w, 3]; BadInput names the record that cannot be decoded."""
+    data = source.image(index)
+    if isinstance(data, np.ndarray):
+        return data if data.shape[-1] == 3 else np.repeat(data, 3, -1)
+    try:
+        return images.decode(data)
+    except ValueError as error:
+        raise BadInput(f"record {source.keys[index]}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _HostBatch:
+    """Makes one host's rows of batch `number`."""
+
+    source: Source
+    sampler: Sampler
+    settings: transforms.Transforms
+    seed: int
+    rows: slice
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        indices = self.sampler.batch(number)[self.rows]
+        batch = np.empty((len(indices), self.settings.size, self.settings.size, 3), np.uint8)
+        for row, index in enumerate(indices):
+            rng = np.random.default_rng((self.seed, 2, number, self.rows.start + row))
+            batch[row] = transforms.apply(load_pixels(self.source, int(index)), self.settings, rng)
+        return {"image": batch, "label": self.source.labels[indices].astype(np.int32), "index": indices.astype(np.int32)}
+
+
+def batches(
+    source: Source, sampler: Sampler, settings: transforms.Transforms, seed: int,
+    *, start: int = 0, stop: int, workers: int = 0, host: int = 0, hosts: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches start..stop-1 of this host: image [rows / hosts, size, size, 3] uint8, label and record index [rows / hosts] int32.
+
+    `workers` processes make them ahead of time; 0 uses one thread of this process.
+    """
+    if sampler.rows % hosts:
+        raise BadInput(f"a batch of {sampler.rows} images does not divide over {hosts} hosts")
+    host_rows = sampler.rows // hosts
+    make = _HostBatch(source, sampler, settings, seed, slice(host * host_rows, (host + 1) * host_rows))
+    dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if workers:
+        dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(dataset)
+
+
+def in_order(source: Source, indices: np.ndarray, settings: transforms.Transforms, rows: int) -> Iterator[np.ndarray]:
+    """The named records as [rows, size, size, 3] uint8, in order, without chance; the last batch is what is left."""
+    nothing = np.random.default_rng(0)
+
+    def decode(index: int) -> np.ndarray:
+        return transforms.apply(load_pixels(source, int(indices[index])), settings, nothing)
+
+    dataset = grain.MapDataset.range(len(indices)).map(decode).batch(rows)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

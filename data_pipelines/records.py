@@ -1,0 +1,229 @@
+"""Records: TFRecord shards of faces, each with an index, in a directory that tfds.builder_from_directory also opens.
+
+    <name>-<split>.tfrecord-00000-of-00008              length and data CRCs, as TensorFlow writes them
+    <name>-<split>.tfrecord-00000-of-00008.index.npz    offsets [n + 1], labels [n], keys [n]
+    dataset_info.json, features.json                    what TFDS reads
+    metadata.json                                       alignment, people, counts, content hash (docs/formats.md)
+
+`Writer` writes aside and renames at the end, so a directory of records is whole or absent.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+
+from data_pipelines import example
+from facenet_jax.errors import BadInput
+
+VERSION = "1.0.0"
+_LENGTH = struct.Struct("<Q")
+_CRC = struct.Struct("<I")
+_HEADER = _LENGTH.size + _CRC.size
+
+
+def masked_crc(data: bytes) -> int:
+    """TFRecord's CRC-32C, rotated and offset so that a CRC of data that holds CRCs stays sound."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def frame(data: bytes) -> bytes:
+    """A TFRecord: length, its CRC, data, its CRC."""
+    length = _LENGTH.pack(len(data))
+    return length + _CRC.pack(masked_crc(length)) + data + _CRC.pack(masked_crc(data))
+
+
+def unframe(framed: bytes, where: str) -> bytes:
+    """The data of one framed record; BadInput naming `where` when lengths or CRCs disagree."""
+    if len(framed) >= _HEADER + _CRC.size:
+        length = framed[: _LENGTH.size]
+        data = framed[_HEADER : -_CRC.size]
+        if _LENGTH.unpack(length)[0] == len(data) and _CRC.unpack(framed[_LENGTH.size : _HEADER])[0] == masked_crc(length):
+            if _CRC.unpack(framed[-_CRC.size :])[0] == masked_crc(data):
+                return data
+    raise BadInput(f"{where} is damaged (its length or CRC does not match): prepare these records again")
+
+
+def scan(path: Path) -> np.ndarray:
+    """Offsets [n + 1] int64 of a shard's records by walking it; BadInput where it is truncated or damaged."""
+    offsets, end = [0], path.stat().st_size
+    with path.open("rb") as file:
+        while offsets[-1] < end:
+            head = file.read(_HEADER)
+            where = f"{path}: record {len(offsets) - 1}"
+            if len(head) < _HEADER or _CRC.unpack(head[_LENGTH.size :])[0] != masked_crc(head[: _LENGTH.size]):
+                raise BadInput(f"{where} is damaged (its length or CRC does not match): prepare these records again")
+            offsets.append(offsets[-1] + _HEADER + _LENGTH.unpack(head[: _LENGTH.size])[0] + _CRC.size)
+            if offsets[-1] > end:
+                raise BadInput(f"{where} is cut off")
+            file.seek(offsets[-1])
+    return np.asarray(offsets, np.int64)
+
+
+def index_path(shard: Path) -> Path:
+    """Where a shard's index lies."""
+    return shard.with_name(shard.name + ".index.npz")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of records and its index."""
+
+    path: Path
+    offsets: np.ndarray
+    labels: np.ndarray
+    keys: np.ndarray
+
+    def read(self, file: BinaryIO, position: int) -> bytes:
+        """The serialised example at `position`, its CRCs checked."""
+        start, end = int(self.offsets[position]), int(self.offsets[position + 1])
+        return unframe(os.pread(file.fileno(), end - start, start), f"{self.path}: record {position}")
+
+
+def read_index(path: Path) -> Shard:
+    """A shard with its index; BadInput where the index is missing, unreadable or of another file."""
+    try:
+        with np.load(index_path(path), allow_pickle=False) as index:
+            shard = Shard(path, index["offsets"], index["labels"], index["keys"])
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{index_path(path)}: cannot be read ({error}); `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew") from None
+    sizes = {len(shard.offsets) - 1, len(shard.labels), len(shard.keys)}
+    if len(sizes) != 1 or shard.offsets[-1] != path.stat().st_size:
+        raise BadInput(f"{index_path(path)}: does not match its shard; `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew")
+    return shard
+
+
+def write_index(path: Path) -> None:
+    """Makes a shard's index by reading every record."""
+    offsets = scan(path)
+    nothing = np.zeros(len(offsets) - 1, np.int64)
+    whole = Shard(path, offsets, nothing, nothing)
+    with path.open("rb") as file:
+        parsed = [example.parse(whole.read(file, i)) for i in range(len(nothing))]
+    save_index(path, offsets, [p["label"] for p in parsed], [p["key"] for p in parsed])
+
+
+def save_index(path: Path, offsets: Sequence[int], labels: Sequence[Any], keys: Sequence[Any]) -> None:
+    """Writes the index beside a shard, aside first."""
+    aside = index_path(path).with_suffix(".aside.npz")
+    np.savez(aside, offsets=np.asarray(offsets, np.int64), labels=np.asarray(labels, np.int64), keys=np.asarray(keys, np.str_))
+    aside.rename(index_path(path))
+
+
+def shard_paths(directory: Path, split: str) -> list[Path]:
+    """The split's shards in order; BadInput where there are none or some are missing."""
+    paths = sorted(p for p in directory.glob(f"*-{split}.tfrecord-*-of-*") if not p.name.endswith(".npz"))
+    if not paths:
+        there = sorted({p.name.rsplit(".tfrecord-", 1)[0].rsplit("-", 1)[-1] for p in directory.glob("*.tfrecord-*-of-*")})
+        found = f"it has the splits {', '.join(there)}" if there else "it holds no records (make them with `python -m data_pipelines.prepare`)"
+        raise BadInput(f"{directory}: no split named {split!r}; {found}")
+    total = int(paths[0].name.rsplit("-", 1)[-1])
+    if len(paths) != total:
+        raise BadInput(f"{directory}: {len(paths)} of the {total} shards of split {split!r} are there")
+    return paths
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """metadata.json; BadInput where it is missing or broken."""
+    path = directory / "metadata.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{directory}: no metadata.json, so this is not a directory of records") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON ({error})") from None
+
+
+_FEATURE = "tensorflow_datasets.core.features."
+FEATURES = {
+    "pythonClassName": _FEATURE + "features_dict.FeaturesDict",
+    "featuresDict": {"features": {
+        "image": {"pythonClassName": _FEATURE + "image_feature.Image",
+                  "image": {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"}},
+        "label": {"pythonClassName": _FEATURE + "scalar.Scalar", "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+        "identity": {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}},
+        "key": {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}},
+    }},
+}
+
+
+class Writer:
+    """Writes one directory of records; use as a context manager. Shards fill round robin, so each holds many people."""
+
+    def __init__(self, directory: Path, name: str, shards: dict[str, int]) -> None:
+        if directory.exists() and any(directory.iterdir()):
+            raise BadInput(f"{directory}: already there; remove it or choose another output")
+        self.directory = directory
+        self._aside = directory.with_name(f".{directory.name}.writing")
+        self._name, self._shards = name, shards
+        self._files: dict[str, list[BinaryIO]] = {}
+        self._index: dict[str, list[list[tuple[int, int, str]]]] = {}
+        self._bytes = dict.fromkeys(shards, 0)
+        self._counts = dict.fromkeys(shards, 0)
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> "Writer":
+        shutil.rmtree(self._aside, ignore_errors=True)
+        self._aside.mkdir(parents=True)
+        for split, count in self._shards.items():
+            paths = [self._aside / f"{self._name}-{split}.tfrecord-{i:05d}-of-{count:05d}" for i in range(count)]
+            self._files[split] = [path.open("wb") for path in paths]
+            self._index[split] = [[] for _ in paths]
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        for files in self._files.values():
+            for file in files:
+                file.close()
+        if kind is not None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+
+    def add(self, split: str, image: bytes, label: int, identity: str, key: str) -> None:
+        """Appends one face; image is JPEG or PNG bytes."""
+        shard = self._counts[split] % len(self._files[split])
+        self._counts[split] += 1
+        file, index = self._files[split][shard], self._index[split][shard]
+        index.append((file.tell(), label, key))
+        file.write(frame(example.serialise(image, label, identity, key)))
+        self._bytes[split] += len(image)
+        self._hash.update(f"{split}\0{label}\0{identity}\0{key}\0".encode() + hashlib.sha256(image).digest())
+
+    def finish(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Writes indices and descriptions and moves the directory into place; returns the whole metadata."""
+        for split, files in self._files.items():
+            for file, entries in zip(files, self._index[split], strict=True):
+                end = file.tell()
+                file.close()
+                save_index(Path(file.name), [*(e[0] for e in entries), end], [e[1] for e in entries], [e[2] for e in entries])
+        splits = {split: {"images": self._counts[split], "people": len({e[1] for s in index for e in s}), "shards": len(index)}
+                  for split, index in self._index.items()}
+        whole = {"format": VERSION, "name": self._name, "splits": splits, "content_sha256": self._hash.hexdigest(), **metadata}
+        info = {
+            "name": self._name, "version": VERSION, "fileFormat": "tfrecord", "moduleName": "", "description": "Faces, by facenet_jax.",
+            "splits": [{"name": split, "shardLengths": [str(len(s)) for s in index], "numBytes": str(self._bytes[split]),
+                        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"} for split, index in self._index.items()],
+        }
+        for file_name, content in (("metadata.json", whole), ("dataset_info.json", info), ("features.json", FEATURES)):
+            (self._aside / file_name).write_text(json.dumps(content, indent=1) + "\n")
+        if self.directory.exists():
+            self.directory.rmdir()
+        self._aside.rename(self.directory)
+        return whole
+
+
+def iterate(directory: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Every record of a split, shard by shard."""
+    for path in shard_paths(directory, split):
+        shard = read_index(path)
+        with path.open("rb") as file:
+            for position in range(len(shard.labels)):
+                yield example.parse(shard.read(file, position))

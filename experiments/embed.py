@@ -1,0 +1,45 @@
+"""Embeddings of records: `python -m experiments.embed --weights=W --records=data/lfw --split=test --output=E.npz`."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from data_pipelines import sources
+from experiments import embedding
+from facenet_jax import command_line
+from facenet_jax.errors import BadInput
+
+FLAGS = flags.FLAGS
+
+
+def main(_: list[str]) -> None:
+    """Command line."""
+    command_line.use_compilation_cache()
+    if not FLAGS.weights or not FLAGS.records:
+        raise BadInput("--weights and --records are needed")
+    source = sources.open_source(FLAGS.records, FLAGS.split)
+    embedder = embedding.open_embedder(FLAGS.weights)
+    found = embedding.embed(embedder, source, crop=FLAGS.crop, flip=FLAGS.flip)
+    output = Path(FLAGS.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.name}.{os.getpid()}.npz")
+    np.savez(aside, embeddings=found.embeddings, keys=found.keys, identities=found.identities, weights_fingerprint=np.asarray(embedder.fingerprint))
+    aside.rename(output)
+    print(f"{output}: {len(found.keys)} x {found.embeddings.shape[1]}, {len(found.keys) / found.seconds:.0f} images/s", file=sys.stderr)
+
+
+def _flags() -> None:
+    flags.DEFINE_string("weights", "", "A weights file, a name that facenet_jax.apps.pretrained knows, or 'pixels'.")
+    flags.DEFINE_string("records", "", "Directory of records or tfds:name.")
+    flags.DEFINE_string("split", "test", "Split of the records.")
+    flags.DEFINE_string("output", "embeddings.npz", "File to write.")
+    flags.DEFINE_integer("crop", 0, "Cut so many central pixels of each record; 0 takes it whole.", lower_bound=0)
+    flags.DEFINE_bool("flip", False, "Put the mirror image's embedding beside the image's.")
+
+
+if __name__ == "__main__":
+    _flags()
+    command_line.run(main)

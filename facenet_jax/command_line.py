@@ -1,0 +1,65 @@
+"""What every command line here shares: one-line errors, the compilation cache, small files."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from facenet_jax.errors import one_line_errors
+
+
+def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
+    """Runs an absl main. Bad flags and bad input end in one line and exit code 2; Ctrl-C in 130.
+
+    Words that are no flags are errors unless `positional`.
+    """
+
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            left = flags.FLAGS(arguments)
+        except flags.Error as error:
+            print(f"error: {' '.join(str(error).split())}; --help lists the flags", file=sys.stderr)
+            sys.exit(2)
+        if len(left) > 1 and not positional:
+            print(f"error: {left[1]!r} is not a flag; --help lists the flags", file=sys.stderr)
+            sys.exit(2)
+        return left
+
+    def guarded(arguments: list[str]) -> None:
+        # Libraries tell their inner life at "info"; people want their own run's lines.
+        logging.set_verbosity(logging.WARNING)
+        with one_line_errors():
+            main(arguments)
+
+    try:
+        app.run(guarded, flags_parser=parse)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that a second start of the same config compiles nothing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facenet_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes aside, then renames."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.rename(path)

@@ -1,0 +1,26 @@
+"""The one exception that means "your input, not our bug": command lines print it as one line and exit with 2."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message says what and what to do about it."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns `BadInput` and missing or unwritable files into one line on stderr and exit code 2."""
+    try:
+        yield
+    except BadInput as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_fail(f"{where}{error.strerror or error}"))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

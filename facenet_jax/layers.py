@@ -1,0 +1,241 @@
+"""Blocks the networks share: convolution, dense, BatchNorm, pooling, local response normalisation.
+
+Activations are NHWC. Kernels are HWIO. Parameters are float32 whatever the compute dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from facenet_jax.errors import BadInput
+
+Array = jax.Array
+Padding = str | tuple[tuple[int, int], tuple[int, int]]
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# Patches of about this many floats fit a CPU core's cache while their weight gradient is one matrix product.
+_PATCH_FLOATS = 1 << 20
+
+
+def precision_for(dtype: Any) -> lax.Precision | None:
+    """float32 means float32: no TF32 or bfloat16 passes behind the user's back."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int = 1) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS,
+        feature_group_count=groups, precision=precision_for(x.dtype),
+    )
+
+
+def explicit_padding(size: tuple[int, int], window: tuple[int, int], stride: int, padding: Padding) -> list[tuple[int, int]]:
+    """(low, high) padding of height and width for "SAME", "VALID" or explicit pairs."""
+    if not isinstance(padding, str):
+        return [tuple(pair) for pair in padding]
+    return [tuple(pair) for pair in lax.padtype_to_pads(size, window, (stride, stride), padding)]
+
+
+def _patches(x: Array, window: tuple[int, int], stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+    """[n, h, w, c] -> [n * out_h * out_w, window * c], rows in the order of a reshaped HWIO kernel."""
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    out = [(padded.shape[1 + a] - window[a]) // stride + 1 for a in (0, 1)]
+    columns = [
+        padded[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
+        for i in range(window[0]) for j in range(window[1])
+    ]
+    return jnp.concatenate(columns, -1).reshape(-1, window[0] * window[1] * x.shape[-1])
+
+
+def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], stride: int, padding: Padding) -> Array:
+    """Gradient of a convolution's kernel as matrix products over cache-sized groups of images.
+
+    XLA's CPU backend runs this gradient as a convolution with an image-sized window, 2 to 10 times slower.
+    """
+    window = shape[:2]
+    pads = explicit_padding(x.shape[1:3], window, stride, padding)
+    floats_per_image = dy.shape[1] * dy.shape[2] * window[0] * window[1] * x.shape[-1]
+    count = x.shape[0]
+    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or c * floats_per_image <= _PATCH_FLOATS))
+
+    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        images, gradients = pair
+        columns = _patches(images, window, stride, pads)
+        rows = gradients.reshape(-1, gradients.shape[-1])
+        product = lax.dot_general(columns, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return total + product, None
+
+    split = lambda a: a.reshape(count // chunk, chunk, *a.shape[1:])
+    zero = jnp.zeros((window[0] * window[1] * x.shape[-1], dy.shape[-1]), jnp.float32)
+    total, _ = lax.scan(add, zero, (split(x), split(dy)))
+    return total.reshape(shape).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d]; 1x1 kernels run as a matrix product."""
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=precision_for(x.dtype))
+    return _convolve(x, kernel, stride, padding)
+
+
+def _conv2d_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
+    return conv2d(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        precision = precision_for(x.dtype)
+        dx = jnp.einsum("nhwd,cd->nhwc", dy, kernel[0, 0], precision=precision)
+        return dx, jnp.einsum("nhwc,nhwd->cd", x, dy, precision=precision)[None, None]
+    _, pull_x = jax.vjp(lambda a: _convolve(a, kernel, stride, padding), x)
+
+    def by_xla(a: Array, b: Array) -> Array:
+        return jax.vjp(lambda k: _convolve(a, k, stride, padding), kernel)[1](b)[0]
+
+    by_patches = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
+    return pull_x(dy)[0], lax.platform_dependent(x, dy, cpu=by_patches, default=by_xla)
+
+
+conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+
+
+class Conv(nn.Module):
+    """Convolution. `padding` is "SAME", "VALID" or ((top, bottom), (left, right)).
+
+    `kernel` is a size or (height, width). Initialised by Xavier's uniform rule, as the original code does.
+    """
+
+    features: int
+    kernel: int | tuple[int, int] = 3
+    stride: int = 1
+    padding: Padding = "SAME"
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        window = self.kernel if isinstance(self.kernel, tuple) else (self.kernel, self.kernel)
+        kernel = self.param("kernel", self.kernel_init, (*window, x.shape[-1], self.features), jnp.float32)
+        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+
+class Dense(nn.Module):
+    """Affine map of the last axis, [..., c] -> [..., features]."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features), jnp.float32)
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=precision_for(self.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_batch(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """Normalises each group of x [groups, rows, c] by its own statistics: (y, mean [g, 1, c], biased variance).
+
+    The gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector
+    instructions. Gradients do not flow through the returned statistics. Sums are in float32.
+    """
+    return _normalize_batch_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_batch_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Any, Any]:
+    values = x.astype(jnp.float32)
+    mean = values.mean(1, keepdims=True)
+    var = jnp.square(values - mean).mean(1, keepdims=True)
+    inverse = lax.rsqrt(var + epsilon)
+    y = ((values - mean) * (inverse * scale) + bias).astype(x.dtype)
+    return (y, mean, var), (x, mean, inverse, scale)
+
+
+def _normalize_batch_backward(epsilon: float, saved: Any, cotangents: Any) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale = saved
+    dy = cotangents[0].astype(jnp.float32)
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    dbias = dy.sum(1, keepdims=True)
+    dscale = (dy * normal).sum(1, keepdims=True)
+    rows = x.shape[1]
+    dx = (inverse * scale) * (dy - dbias / rows - normal * (dscale / rows))
+    return dx.astype(x.dtype), dscale.sum((0, 1)), dbias.sum((0, 1))
+
+
+normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last; statistics in float32.
+
+    In training the batch is cut into `groups` equal runs of rows, each normalised by its own statistics: 1 is
+    the whole global batch whatever the devices, the number of devices is each device on its own (no traffic). The
+    running mean and variance are averages over the groups. The result depends on `groups`, never on the mesh.
+    """
+
+    use_scale: bool = True
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    groups: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        features = x.shape[-1]
+        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32) if self.use_scale else jnp.ones((features,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
+        x = x.astype(self.dtype)
+        if not train:
+            factor = scale * lax.rsqrt(running_var.value + self.epsilon)
+            return x * factor.astype(self.dtype) + (bias - running_mean.value * factor).astype(self.dtype)
+        if x.shape[0] % self.groups:
+            raise BadInput(f"a batch of {x.shape[0]} images does not divide into {self.groups} BatchNorm groups: set model.bn_groups")
+        y, mean, var = normalize_batch(x.reshape(self.groups, -1, features), scale, bias, self.epsilon)
+        if not self.is_initializing():
+            keep = self.momentum
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean((0, 1))
+            running_var.value = keep * running_var.value + (1 - keep) * var.mean((0, 1))
+        return y.reshape(x.shape)
+
+
+def max_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> Array:
+    """Maximum over window x window."""
+    return nn.max_pool(x, (window, window), (stride, stride), padding)
+
+
+def l2_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> Array:
+    """Square root of the *sum* of squares over the window, as Torch's SpatialLPPooling(2) has it; gradient 0 at 0."""
+    pads = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
+    total = lax.reduce_window(jnp.square(x), jnp.zeros((), x.dtype), lax.add, (1, window, window, 1), (1, stride, stride, 1), pads)
+    positive = total > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1)), 0)
+
+
+def local_response_norm(x: Array, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Array:
+    """Torch's SpatialCrossMapLRN: x / (k + alpha / size * sum over `size` channels of x^2) ** beta, in float32."""
+    squares = jnp.square(x.astype(jnp.float32))
+    half = size // 2
+    total = lax.reduce_window(squares, 0.0, lax.add, (1, 1, 1, size), (1, 1, 1, 1), ((0, 0), (0, 0), (0, 0), (half, size - 1 - half)))
+    return (x.astype(jnp.float32) * (k + alpha / size * total) ** -beta).astype(x.dtype)
+
+
+def l2_normalize(x: Array, epsilon: float = 1e-10) -> Array:
+    """Unit rows in float32: x / sqrt(max(sum x^2, epsilon)), as tf.nn.l2_normalize has it."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), epsilon))

@@ -1,0 +1,1 @@
+"""State, one jitted step, loop, optimisers and schedules, checkpoints."""

@@ -1,0 +1,1 @@
+"""The portable weights file, importers and exporters."""
