@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -113,12 +114,12 @@ def _headline(found: Verification) -> str:
     covered = (found.pairs - found.missing) / max(found.pairs, 1)
     missing = f"{found.missing:,} lack an image and count as wrong ({_percent(covered)} covered)" if found.missing else "no image missing"
     tiles = (
-        ("Accuracy", _percent(found.accuracy), f"± {_percent(found.accuracy_sem)} standard error; std {_percent(found.accuracy_std)} over folds"),
+        ("Accuracy", _percent(found.accuracy), f"± {_percent(found.accuracy_sem)} standard error; std {_percent(found.accuracy_std)}"),
         ("VAL", _percent(found.val), f"± {_percent(found.val_std)} std, at FAR {_percent(found.far)} (target {100 * found.far_target:g}%)"),
         ("AUC", f"{found.auc:.4f}", "area under the ROC curve"),
         ("EER", _percent(found.eer), "false accepts equal false rejects"),
     )
-    shown = "".join(f'<div class="tile"><h3>{name}</h3><p class="big">{value}</p><p>{escape(note)}</p></div>' for name, value, note in tiles)
+    shown = "".join(f'<div class="tile"><h3>{name}</h3><p class="big">{value}</p><p>{note}</p></div>' for name, value, note in tiles)
     facts = [f"{found.pairs:,} pairs in {found.folds} folds", missing, f"{found.distance} distance", f"{found.mode} mode"]
     facts += ["mean subtracted"] if found.mean_subtraction else []
     return f'<section><div class="tiles">{shown}</div><p class="facts">{escape(" · ".join(facts))}</p></section>'
@@ -137,7 +138,9 @@ def _folds(found: Verification) -> str:
 
 def _origin(report: Report) -> str:
     terms = "".join(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(value)}</dd>" for name, value in report.details.items())
-    command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
+    # A flag is not broken after its hyphens: each word is a box of its own.
+    words = " ".join(f"<code>{escape(word)}</code>" for word in report.command.split())
+    command = f"<pre>{words}</pre>" if words else ""
     return _section("How to repeat this", command + (f"<dl>{terms}</dl>" if terms else ""))
 
 
@@ -179,7 +182,7 @@ def _mistakes(mistakes: Iterable[Mistake]) -> str:
 
 _INK, _LINE, _FIRST, _SECOND, _THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _PAGE_COLOURS = {_INK: "currentColor", _LINE: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)", _THIRD: "var(--third)"}
-_PLOT_STYLE = {
+_PLOT_STYLE: dict[Any, Any] = {
     # Text stays text, in the page's font, and "$" is only a letter.
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": _INK, "axes.edgecolor": _LINE, "axes.labelcolor": _INK,
     "xtick.color": _LINE, "ytick.color": _LINE, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "axes.grid": True, "grid.color": _LINE,
@@ -187,7 +190,7 @@ _PLOT_STYLE = {
     "legend.frameon": False,
 }
 _PEOPLE_COLOURS = ("#4477cc", "#dd7733", "#2f9e62", "#c94f6d", "#8a63c9", "#a0772b", "#2a9fb5", "#d1539f", "#7f8c2f", "#808896")
-_PEOPLE_MARKERS = "os^DvPX*"
+_PEOPLE_MARKERS = "os^DvPX"
 
 
 def _plot(label: str, draw: Callable[["Axes"], None], height: float = 3.0) -> str:
@@ -228,7 +231,7 @@ def _roc_plot(report: Report) -> str:
         if least <= found.far_target <= 1:
             axes.axvline(found.far_target, color=_INK, linestyle=":", linewidth=1, label=f"FAR target {found.far_target:g}")
         if least <= found.far <= 1:
-            axes.errorbar(found.far, found.val, found.val_std, fmt="o", markersize=5, capsize=3, color=_SECOND, label="VAL over folds ± std")
+            axes.errorbar(found.far, found.val, found.val_std, fmt="o", markersize=5, capsize=3, color=_SECOND, label="VAL ± std of folds")
         axes.set(xscale="log", xlim=(least, 1), ylim=(0, 1.03), xlabel="false accept rate", ylabel="true accept rate")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
@@ -246,7 +249,7 @@ def _histogram_plot(report: Report) -> str:
     found = report.verification
     edges = np.histogram_bin_edges(report.distances, bins=int(np.clip(math.sqrt(len(report.distances)), 5, 60)))
     # With the mean subtracted, thresholds are of other distances than these.
-    threshold = math.nan if found.mean_subtraction or not found.fold_thresholds else float(np.median(found.fold_thresholds))
+    threshold = math.nan if found.mean_subtraction or not found.fold_thresholds else statistics.median(found.fold_thresholds)
 
     def draw(axes: "Axes") -> None:
         for name, group, colour in (("same", report.same, _FIRST), ("different", ~report.same, _SECOND)):
@@ -267,7 +270,8 @@ def _histogram_plot(report: Report) -> str:
 
 _CURVES = (
     ("Loss", "train", ("loss", "triplet_loss", "softmax_loss"), "Of the batch."),
-    ("Shares", "train", ("active", "classified", "spread"), "Active: pairs with a positive loss; classified: right people; spread: 0 where all embeddings are one."),
+    ("Shares", "train", ("active", "classified", "spread"),
+     "Active: pairs with a positive loss; classified: right people; spread: 0 where all embeddings are one."),
     ("Distances in the batch", "train", ("positive", "negative"), "Mean to positives and to the mined negatives."),
     ("Images per second", "train", ("images_per_s",), "All devices together."),
     ("Evaluation", "evaluation", ("accuracy", "val"), "On the validation pairs."),
@@ -276,11 +280,9 @@ _CURVES = (
 
 def _series(metrics: Iterable[dict[str, Any]], kind: str, name: str) -> np.ndarray:
     """[k, 2] steps and values of one metric where it is finite, as means of neighbours where there are more than can be seen."""
-    usable = [
-        (line["step"], line[name]) for line in metrics
-        if line.get("kind") == kind and isinstance(line.get(name), int | float) and isinstance(line.get("step"), int) and math.isfinite(line[name])
-    ]
-    points = np.asarray(usable, np.float64).reshape(-1, 2)
+    pairs = [(line.get("step"), line.get(name)) for line in metrics if line.get("kind") == kind]
+    finite = [pair for pair in pairs if all(isinstance(value, int | float) and math.isfinite(value) for value in pair)]
+    points = np.asarray(finite, np.float64).reshape(-1, 2)
     return np.stack([part.mean(0) for part in np.array_split(points, CURVE_POINTS)]) if len(points) > CURVE_POINTS else points
 
 
@@ -321,9 +323,13 @@ def _choose_people(people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _flatten(embeddings: np.ndarray) -> np.ndarray:
     """[k, d] to [k, 2], neighbours staying neighbours; the same every time."""
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     # A random start, for the usual one (principal components) fails where embeddings have one dimension or are all the same.
-    return TSNE(2, perplexity=min(30, (len(embeddings) - 1) / 3), init="random", random_state=0).fit_transform(embeddings.astype(np.float32))
+    tsne = TSNE(2, perplexity=min(30, (len(embeddings) - 1) / 3), init="random", random_state=0)
+    # One thread: the sums come in the same order on every machine, and on a busy one more threads take several times as long.
+    with threadpool_limits(1):
+        return tsne.fit_transform(embeddings.astype(np.float32))
 
 
 def _swatch(person: int) -> str:
@@ -332,7 +338,7 @@ def _swatch(person: int) -> str:
 
     marker = MarkerStyle(_PEOPLE_MARKERS[person % len(_PEOPLE_MARKERS)])
     polygon = marker.get_path().transformed(marker.get_transform()).to_polygons()[0]
-    points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in polygon)
+    points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(polygon))
     return f'<svg viewBox="-.6 -.6 1.2 1.2"><polygon points="{points}" fill="{_PEOPLE_COLOURS[person % len(_PEOPLE_COLOURS)]}"/></svg>'
 
 
@@ -379,13 +385,14 @@ h2 { margin: 0 0 .5rem; font-size: 1.2rem; }
 h3 { margin: 0 0 .25rem; font-size: 1rem; }
 section { margin-bottom: 2.25rem; }
 p, dl, ul, pre { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(205px, 44%), 1fr)); gap: 1rem; }
 .tile, figure, table, pre, .map { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: .9rem 1rem; }
 .tile h3, .note, .facts, figcaption, .tile p, dt { color: var(--soft); font-size: .875rem; font-weight: normal; }
 .tile .big { color: var(--ink); font-size: 2rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .facts { margin-top: .75rem; }
 .note { margin-bottom: .6rem; }
+figcaption { margin-top: .4rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 1rem; min-width: 0; }
 figure > svg, .map > svg { display: block; width: 100%; height: auto; }
@@ -395,7 +402,7 @@ svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica
 .pair { padding: .6rem; }
 .pair div { display: flex; gap: .4rem; }
 .pair img { width: 50%; flex: 1; min-width: 0; border-radius: 4px; aspect-ratio: 1; object-fit: cover; }
-.pair figcaption { margin-top: .4rem; font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
+.pair figcaption { font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
 .pair b { color: var(--ink); }
 .map { display: flex; flex-wrap: wrap; align-items: center; gap: 1rem; padding: 1rem; }
 .map > svg { flex: 3 1 300px; min-width: 0; }
@@ -406,6 +413,7 @@ th, td { padding: .3rem .75rem; text-align: right; }
 th { color: var(--soft); font-weight: normal; }
 td { border-top: 1px solid var(--line); }
 pre { padding: .75rem 1rem; margin-bottom: .75rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre code { display: inline-block; max-width: 100%; }
 dd { margin: 0 0 .5rem; font-size: .9rem; overflow-wrap: anywhere; }
 """.strip()
 

@@ -1,0 +1,28 @@
+"""Eight simulated devices for every test, and the shared data where they are."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402 - the environment comes first
+import pytest  # noqa: E402
+
+from facenet_jax import parallel  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and golden files; tests that need it are skipped elsewhere."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared, the project's data and golden files")
+    return SHARED
+
+
+@pytest.fixture(params=[1, 8], ids=["1device", "8devices"])
+def mesh(request: pytest.FixtureRequest):
+    """The same test on one and on eight devices."""
+    return parallel.make_mesh(jax.devices()[: request.param])

@@ -1,0 +1,115 @@
+"""Blocks against plain references: values, gradients, statistics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from facenet_jax import layers, parallel
+from facenet_jax.errors import BadInput
+
+
+def conv_loops(x, kernel, stride, pads):
+    padded = np.pad(x.astype(np.float64), ((0, 0), *pads, (0, 0)))
+    kh, kw = kernel.shape[:2]
+    oh, ow = ((padded.shape[1 + a] - kernel.shape[a]) // stride + 1 for a in (0, 1))
+    out = np.zeros((len(x), oh, ow, kernel.shape[-1]))
+    for i in range(oh):
+        for j in range(ow):
+            window = padded[:, i * stride : i * stride + kh, j * stride : j * stride + kw]
+            out[:, i, j] = np.tensordot(window, kernel.astype(np.float64), 3)
+    return out
+
+
+SHAPES = [((1, 1), 1, "SAME"), ((1, 1), 2, "VALID"), ((3, 3), 1, "SAME"), ((3, 3), 2, "SAME"), ((3, 3), 2, "VALID"), ((1, 7), 1, "SAME"),
+          ((7, 1), 1, "SAME"), ((7, 7), 2, ((3, 3), (3, 3))), ((5, 3), 2, ((2, 1), (0, 2)))]
+
+
+@pytest.mark.parametrize(("window", "stride", "padding"), SHAPES)
+def test_convolution_and_its_gradients(window, stride, padding):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 9, 8, 3)).astype(np.float32)
+    kernel = rng.normal(size=(*window, 3, 5)).astype(np.float32)
+    pads = layers.explicit_padding((9, 8), window, stride, padding)
+    expected = conv_loops(x, kernel, stride, pads)
+    out, pull = jax.vjp(lambda a, k: layers.conv2d(a, k, stride, padding), jnp.asarray(x), jnp.asarray(kernel))
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    dy = rng.normal(size=expected.shape).astype(np.float32)
+    dx, dkernel = pull(jnp.asarray(dy))
+    # A convolution is linear in each argument: its gradient's inner product with a direction is the output's change along it.
+    for direction, gradient, change in (
+        (d := rng.normal(size=x.shape), dx, conv_loops(d, kernel, stride, pads)),
+        (d := rng.normal(size=kernel.shape), dkernel, conv_loops(x, d, stride, pads)),
+    ):
+        assert (np.asarray(gradient) * direction).sum() == pytest.approx((dy * change).sum(), rel=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(n=st.integers(1, 13), side=st.integers(3, 9), limit=st.sampled_from([1, 500, 1 << 20]))
+def test_kernel_gradient_by_patches_at_any_size(n, side, limit):
+    rng = np.random.default_rng(n)
+    x, dy = (jnp.asarray(rng.normal(size=(n, side, side, 2)), jnp.float32) for _ in range(2))
+    expected = jax.vjp(lambda k: layers._convolve(x, k, 1, "SAME"), jnp.zeros((3, 3, 2, 2)))[1](dy)[0]
+    before, layers._PATCH_FLOATS = layers._PATCH_FLOATS, limit
+    try:
+        found = layers._kernel_gradient_by_patches(x, dy, (3, 3, 2, 2), 1, "SAME")
+    finally:
+        layers._PATCH_FLOATS = before
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_normalize_batch_equals_derived_gradient():
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 12, 3), (3,), (3,)))
+    dy = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    def plain(x, scale, bias):
+        mean, var = x.mean(1, keepdims=True), x.var(1, keepdims=True)
+        return (x - mean) / jnp.sqrt(var + 1e-3) * scale + bias
+
+    out, pull = jax.vjp(lambda *a: layers.normalize_batch(*a, 1e-3)[0], x, scale, bias)
+    expected, expected_pull = jax.vjp(plain, x, scale, bias)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for a, b in zip(pull(dy), expected_pull(dy), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_batch_norm_says_what_it_normalises_by(groups, mesh):
+    x = jnp.asarray(np.random.default_rng(1).normal(3, 2, size=(16, 2, 2, 3)), jnp.float32)
+    module = layers.BatchNorm(groups=groups, momentum=0.9)
+    variables = module.init(jax.random.key(0), x, False)
+    cut = jax.device_put(x, parallel.batch_sharded(mesh))
+    out, updated = jax.jit(lambda v, a: module.apply(v, a, True, mutable=["batch_stats"]))(variables, cut)
+    parts = np.asarray(x).reshape(groups, -1, 3)
+    expected = (parts - parts.mean(1, keepdims=True)) / np.sqrt(parts.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(out, expected.reshape(x.shape), atol=1e-5)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * parts.mean(1).mean(0), atol=1e-5)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * parts.var(1).mean(0), atol=1e-5)
+
+
+def test_batch_norm_groups_must_divide():
+    x = jnp.zeros((6, 4))
+    module = layers.BatchNorm(groups=4)
+    with pytest.raises(BadInput, match="6 images .* 4 BatchNorm groups"):
+        module.apply(module.init(jax.random.key(0), x, False), x, True, mutable=["batch_stats"])
+
+
+def test_pools_and_response_norm():
+    x = np.random.default_rng(2).normal(size=(1, 5, 5, 7)).astype(np.float32)
+    pooled = layers.l2_pool(jnp.asarray(x), 3, 2)
+    for i in range(2):
+        for j in range(2):
+            np.testing.assert_allclose(pooled[0, i, j], np.sqrt((x[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3] ** 2).sum((0, 1))), rtol=1e-5)
+    assert not np.isnan(jax.grad(lambda a: layers.l2_pool(a, 3, 1).sum())(jnp.zeros((1, 4, 4, 1)))).any()
+    normal = layers.local_response_norm(jnp.asarray(x))
+    for c in range(7):
+        window = x[0, 0, 0, max(c - 2, 0) : c + 3]
+        assert normal[0, 0, 0, c] == pytest.approx(x[0, 0, 0, c] / (1 + 1e-4 / 5 * (window**2).sum()) ** 0.75, rel=1e-5)
+
+
+def test_normalised_zero_has_a_finite_gradient():
+    gradient = jax.grad(lambda a: layers.l2_normalize(a).sum())(jnp.zeros((2, 4)))
+    assert np.isfinite(gradient).all()
