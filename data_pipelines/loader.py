@@ -10,6 +10,7 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from data_pipelines import images, transforms
 from data_pipelines.sources import Source
@@ -60,8 +61,16 @@ class _HostBatch:
 
 
 def batches(
-    source: Source, sampler: Sampler, settings: transforms.Transforms, seed: int,
-    *, start: int = 0, stop: int, workers: int = 0, host: int = 0, hosts: int = 1,
+    source: Source,
+    sampler: Sampler,
+    settings: transforms.Transforms,
+    seed: int,
+    *,
+    start: int = 0,
+    stop: int,
+    workers: int = 0,
+    host: int = 0,
+    hosts: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches start..stop-1 of this host: image [rows / hosts, size, size, 3] uint8, label and record index [rows / hosts] int32.
 
@@ -73,6 +82,9 @@ def batches(
     make = _HostBatch(source, sampler, settings, seed, slice(host * host_rows, (host + 1) * host_rows))
     dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if workers:
+        # Grain reads absl flags when it starts workers, also in programs that have none.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(dataset)
 

@@ -106,8 +106,16 @@ def splits_of(found: list[Photograph], held_out: int, split: str) -> tuple[list[
 
 
 def prepare(
-    found: list[Photograph], output: Path, settings: Settings, *, split: str = "train", held_out: int = 0, images_per_shard: int = 8192,
-    processes: int = 1, reject_limit: float = 0.01, alignment: dict | None = None,
+    found: list[Photograph],
+    output: Path,
+    settings: Settings,
+    *,
+    split: str = "train",
+    held_out: int = 0,
+    images_per_shard: int = 8192,
+    processes: int = 1,
+    reject_limit: float = 0.01,
+    alignment: dict | None = None,
 ) -> dict:
     """Writes records and returns their metadata. Images that cannot be used are counted and listed in rejected.json.
 
@@ -120,12 +128,16 @@ def prepare(
     rejected: dict[str, str] = {}
     with records.Writer(output, output.name, shards) as writer:
         results = converted(found, settings, processes)
-        for photograph, (data, problem) in zip(found, tqdm(results, total=len(found), unit="image", desc="prepare", mininterval=2), strict=True):
+        for photograph, (data, problem) in zip(
+            found, tqdm(results, total=len(found), unit="image", desc="prepare", mininterval=2), strict=True
+        ):
             if problem:
                 rejected[photograph.key] = problem
                 if len(rejected) > reject_limit * len(found) + 1:
-                    raise BadInput(f"{len(rejected)} of the first images cannot be used (the last: {photograph.key}: {problem}); "
-                                   f"--reject_limit={reject_limit} allows a share of {reject_limit:g}")
+                    raise BadInput(
+                        f"{len(rejected)} of the first images cannot be used (the last: {photograph.key}: {problem}); "
+                        f"--reject_limit={reject_limit} allows a share of {reject_limit:g}"
+                    )
                 continue
             writer.add(split_of[photograph.identity], data, label_of[photograph.identity], photograph.identity, photograph.key)
         described = {"alignment": alignment or {}, "size": settings.size, "identities": people, "rejected": rejected}
@@ -141,7 +153,9 @@ def _flags() -> None:
     flags.DEFINE_string("crops", None, "An .npz with `names` and rectangles by name.")
     flags.DEFINE_string("crops_key", "crop_160_32", "Name of the rectangles in --crops.")
     flags.DEFINE_string("alignment", "", "What --crops or the input's own cut is, for the record: e.g. 'mtcnn margin 32 at 160'.")
-    flags.DEFINE_integer("validation_people", 0, "Keep the last so many people (in natural order) apart as the split 'validation'.", lower_bound=0)
+    flags.DEFINE_integer(
+        "validation_people", 0, "Keep the last so many people (in natural order) apart as the split 'validation'.", lower_bound=0
+    )
     flags.DEFINE_string("split", "train", "Name of the split.")
     flags.DEFINE_integer("images_per_shard", 8192, "Images a shard holds.", lower_bound=1)
     flags.DEFINE_integer("processes", 2, "Worker processes.", lower_bound=1)
@@ -160,8 +174,15 @@ def main(_: list[str]) -> None:
     crops = read_crops(Path(FLAGS.crops), FLAGS.crops_key) if FLAGS.crops else None
     alignment = {"method": FLAGS.alignment or (f"{FLAGS.crops_key} of {Path(FLAGS.crops).name}" if crops else "as given")}
     metadata = prepare(
-        photographs(Path(FLAGS.input)), Path(FLAGS.output), Settings(FLAGS.size, FLAGS.form, crops), split=FLAGS.split, held_out=FLAGS.validation_people,
-        images_per_shard=FLAGS.images_per_shard, processes=FLAGS.processes, reject_limit=FLAGS.reject_limit, alignment=alignment,
+        photographs(Path(FLAGS.input)),
+        Path(FLAGS.output),
+        Settings(FLAGS.size, FLAGS.form, crops),
+        split=FLAGS.split,
+        held_out=FLAGS.validation_people,
+        images_per_shard=FLAGS.images_per_shard,
+        processes=FLAGS.processes,
+        reject_limit=FLAGS.reject_limit,
+        alignment=alignment,
     )
     for key, problem in metadata["rejected"].items():
         print(f"left out {key}: {problem}")

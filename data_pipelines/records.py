@@ -47,9 +47,9 @@ def unframe(framed: bytes, where: str) -> bytes:
     if len(framed) >= _HEADER + _CRC.size:
         length = framed[: _LENGTH.size]
         data = framed[_HEADER : -_CRC.size]
-        if _LENGTH.unpack(length)[0] == len(data) and _CRC.unpack(framed[_LENGTH.size : _HEADER])[0] == masked_crc(length):
-            if _CRC.unpack(framed[-_CRC.size :])[0] == masked_crc(data):
-                return data
+        sound = _LENGTH.unpack(length)[0] == len(data) and _CRC.unpack(framed[_LENGTH.size : _HEADER])[0] == masked_crc(length)
+        if sound and _CRC.unpack(framed[-_CRC.size :])[0] == masked_crc(data):
+            return data
     raise BadInput(f"{where} is damaged (its length or CRC does not match): prepare these records again")
 
 
@@ -95,10 +95,14 @@ def read_index(path: Path) -> Shard:
         with np.load(index_path(path), allow_pickle=False) as index:
             shard = Shard(path, index["offsets"], index["labels"], index["keys"])
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{index_path(path)}: cannot be read ({error}); `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew") from None
+        raise BadInput(
+            f"{index_path(path)}: cannot be read ({error}); `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew"
+        ) from None
     sizes = {len(shard.offsets) - 1, len(shard.labels), len(shard.keys)}
     if len(sizes) != 1 or shard.offsets[-1] != path.stat().st_size:
-        raise BadInput(f"{index_path(path)}: does not match its shard; `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew")
+        raise BadInput(
+            f"{index_path(path)}: does not match its shard; `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew"
+        )
     return shard
 
 
@@ -124,7 +128,9 @@ def shard_paths(directory: Path, split: str) -> list[Path]:
     paths = sorted(p for p in directory.glob(f"*-{split}.tfrecord-*-of-*") if not p.name.endswith(".npz"))
     if not paths:
         there = sorted({p.name.rsplit(".tfrecord-", 1)[0].rsplit("-", 1)[-1] for p in directory.glob("*.tfrecord-*-of-*")})
-        found = f"it has the splits {', '.join(there)}" if there else "it holds no records (make them with `python -m data_pipelines.prepare`)"
+        found = (
+            f"it has the splits {', '.join(there)}" if there else "it holds no records (make them with `python -m data_pipelines.prepare`)"
+        )
         raise BadInput(f"{directory}: no split named {split!r}; {found}")
     total = int(paths[0].name.rsplit("-", 1)[-1])
     if len(paths) != total:
@@ -146,13 +152,17 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 _FEATURE = "tensorflow_datasets.core.features."
 FEATURES = {
     "pythonClassName": _FEATURE + "features_dict.FeaturesDict",
-    "featuresDict": {"features": {
-        "image": {"pythonClassName": _FEATURE + "image_feature.Image",
-                  "image": {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"}},
-        "label": {"pythonClassName": _FEATURE + "scalar.Scalar", "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
-        "identity": {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}},
-        "key": {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}},
-    }},
+    "featuresDict": {
+        "features": {
+            "image": {
+                "pythonClassName": _FEATURE + "image_feature.Image",
+                "image": {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"},
+            },
+            "label": {"pythonClassName": _FEATURE + "scalar.Scalar", "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"}},
+            "identity": {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}},
+            "key": {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}},
+        }
+    },
 }
 
 
@@ -204,13 +214,26 @@ class Writer:
                 end = file.tell()
                 file.close()
                 save_index(Path(file.name), [*(e[0] for e in entries), end], [e[1] for e in entries], [e[2] for e in entries])
-        splits = {split: {"images": self._counts[split], "people": len({e[1] for s in index for e in s}), "shards": len(index)}
-                  for split, index in self._index.items()}
+        splits = {
+            split: {"images": self._counts[split], "people": len({e[1] for s in index for e in s}), "shards": len(index)}
+            for split, index in self._index.items()
+        }
         whole = {"format": VERSION, "name": self._name, "splits": splits, "content_sha256": self._hash.hexdigest(), **metadata}
         info = {
-            "name": self._name, "version": VERSION, "fileFormat": "tfrecord", "moduleName": "", "description": "Faces, by facenet_jax.",
-            "splits": [{"name": split, "shardLengths": [str(len(s)) for s in index], "numBytes": str(self._bytes[split]),
-                        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"} for split, index in self._index.items()],
+            "name": self._name,
+            "version": VERSION,
+            "fileFormat": "tfrecord",
+            "moduleName": "",
+            "description": "Faces, by facenet_jax.",
+            "splits": [
+                {
+                    "name": split,
+                    "shardLengths": [str(len(s)) for s in index],
+                    "numBytes": str(self._bytes[split]),
+                    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                }
+                for split, index in self._index.items()
+            ],
         }
         for file_name, content in (("metadata.json", whole), ("dataset_info.json", info), ("features.json", FEATURES)):
             (self._aside / file_name).write_text(json.dumps(content, indent=1) + "\n")

@@ -40,7 +40,9 @@ class PeopleSampler:
         members = np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1)
         enough = [m for m in members if len(m) >= max(self.minimum, 1)]
         if len(enough) < self.people:
-            raise BadInput(f"batch.people={self.people}, but only {len(enough)} of {len(members)} people have {self.minimum} images or more")
+            raise BadInput(
+                f"batch.people={self.people}, but only {len(enough)} of {len(members)} people have {self.minimum} images or more"
+            )
         object.__setattr__(self, "_members", enough)
 
     @property

@@ -29,7 +29,9 @@ def ensure(directory: Path, people: int, size: int, processes: int = 2) -> None:
     places = [(person, image) for person in range(total) for image in range(IMAGES)]
     with records.Writer(directory, "synthetic", {"train": 2, "validation": 1}) as writer, ProcessPoolExecutor(processes) as pool:
         drawn = pool.map(partial(_draw, size=size), places, chunksize=64)
-        for (person, image), data in zip(places, tqdm(drawn, total=len(places), unit="image", desc="draw people", mininterval=2), strict=True):
+        for (person, image), data in zip(
+            places, tqdm(drawn, total=len(places), unit="image", desc="draw people", mininterval=2), strict=True
+        ):
             split = "train" if person < people else "validation"
             writer.add(split, data, person, f"person{person:05d}", f"person{person:05d}/{image:03d}")
         writer.finish({"alignment": {"method": "drawn"}, "identities": [f"person{p:05d}" for p in range(total)], **described})

@@ -26,7 +26,13 @@ def main(_: list[str]) -> None:
     output = Path(FLAGS.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.npz")
-    np.savez(aside, embeddings=found.embeddings, keys=found.keys, identities=found.identities, weights_fingerprint=np.asarray(embedder.fingerprint))
+    np.savez(
+        aside,
+        embeddings=found.embeddings,
+        keys=found.keys,
+        identities=found.identities,
+        weights_fingerprint=np.asarray(embedder.fingerprint),
+    )
     aside.rename(output)
     print(f"{output}: {len(found.keys)} x {found.embeddings.shape[1]}, {len(found.keys) / found.seconds:.0f} images/s", file=sys.stderr)
 

@@ -13,7 +13,7 @@ from data_pipelines.sources import Source
 from data_pipelines.transforms import Transforms
 from facenet_jax.errors import BadInput
 from facenet_jax.evaluation.pairs import Pairs
-from facenet_jax.inference import Embedder, load
+from facenet_jax.inference import load
 
 
 class EmbedsImages(Protocol):
@@ -56,7 +56,7 @@ def open_embedder(name: str) -> EmbedsImages:
 
 
 def alignment_family(method: str) -> str:
-    """"mtcnn margin 32 at 160" and "crop_160_32 of lfw_mtcnn_original.npz" are one family, "mtcnn"; "" where the text names none."""
+    """ "mtcnn margin 32 at 160" and "crop_160_32 of lfw_mtcnn_original.npz" are one family, "mtcnn"; "" where the text names none."""
     found = re.search(r"mtcnn|haar|dlib|insightface|openface|drawn", method.lower())
     return found.group() if found else ""
 
@@ -71,8 +71,16 @@ class Embedded:
     seconds: float
 
 
-def embed(embedder: EmbedsImages, source: Source, *, indices: np.ndarray | None = None, crop: int = 0, flip: bool = False,
-          rows: int = 128, progress: bool = True) -> Embedded:
+def embed(
+    embedder: EmbedsImages,
+    source: Source,
+    *,
+    indices: np.ndarray | None = None,
+    crop: int = 0,
+    flip: bool = False,
+    rows: int = 128,
+    progress: bool = True,
+) -> Embedded:
     """Embeds the named records (all of them by default), whole or their central `crop` pixels."""
     indices = np.arange(len(source.labels)) if indices is None else indices
     transforms = Transforms(embedder.size, crop)
@@ -96,5 +104,7 @@ def rows_of_pairs(pairs: Pairs, keys: np.ndarray, allow_missing: bool) -> tuple[
     present = (first >= 0) & (second >= 0)
     if not present.all() and not allow_missing:
         missing = sorted({str(k) for keys_, at in ((pairs.first, first), (pairs.second, second)) for k in keys_[at < 0]})
-        raise BadInput(f"{len(missing)} images of the pairs are missing, the first is {missing[0]}; --allow_missing counts their pairs as wrong")
+        raise BadInput(
+            f"{len(missing)} images of the pairs are missing, the first is {missing[0]}; --allow_missing counts their pairs as wrong"
+        )
     return np.maximum(first, 0), np.maximum(second, 0), present

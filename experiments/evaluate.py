@@ -1,8 +1,8 @@
 """Verify a network, or embeddings made by any, by the LFW protocol.
 
-    python -m experiments.evaluate --weights=runs/a/weights.safetensors --records=data/lfw --pairs=data/pairs.txt --output=runs/a/lfw
-    python -m experiments.evaluate --embeddings=E.npz --pairs=data/pairs.txt --output=lfw
-    python -m experiments.evaluate --weights=pixels --records=data/lfw --pairs=data/pairs.txt --output=pixels
+python -m experiments.evaluate --weights=runs/a/weights.safetensors --records=data/lfw --pairs=data/pairs.txt --output=runs/a/lfw
+python -m experiments.evaluate --embeddings=E.npz --pairs=data/pairs.txt --output=lfw
+python -m experiments.evaluate --weights=pixels --records=data/lfw --pairs=data/pairs.txt --output=pixels
 """
 
 import sys
@@ -38,7 +38,9 @@ def check_alignment(embedder: embedding.Embedder, source: sources.Source, force:
     trained, here = (d.get("alignment", {}).get("method", "") for d in (embedder.weights.provenance, source.metadata))
     known = {name: embedding.alignment_family(name) for name in (trained, here)}
     if all(known.values()) and known[trained] != known[here] and not force:
-        raise BadInput(f"the network was trained on faces cut by {trained!r}, these records by {here!r}: scores would mislead; --force measures anyway")
+        raise BadInput(
+            f"the network was trained on faces cut by {trained!r}, these records by {here!r}: scores would mislead; --force measures anyway"
+        )
 
 
 def main(_: list[str]) -> None:
@@ -71,20 +73,46 @@ def main(_: list[str]) -> None:
         identities, fingerprint, seconds = None, embedder.fingerprint, found.seconds
         print(f"{len(needed)} images in {seconds:.0f} s, {len(needed) / seconds:.0f} images/s", file=sys.stderr)
     result = verification.verify(
-        embeddings[first], embeddings[second], pairs.same, pairs.fold, distance=FLAGS.distance, mean_subtraction=FLAGS.mean_subtraction,
-        far_target=FLAGS.far_target, mode=FLAGS.mode, present=present,
+        embeddings[first],
+        embeddings[second],
+        pairs.same,
+        pairs.fold,
+        distance=FLAGS.distance,
+        mean_subtraction=FLAGS.mean_subtraction,
+        far_target=FLAGS.far_target,
+        mode=FLAGS.mode,
+        present=present,
     )
     records_hash = source.metadata.get("content_sha256", "") if source is not None else ""
-    described = {**result.to_json(), "flip": flip, "weights_fingerprint": fingerprint, "records_hash": records_hash, "seconds": seconds,
-                 "command": " ".join(["python -m experiments.evaluate", *sys.argv[1:]])}
+    described = {
+        **result.to_json(),
+        "flip": flip,
+        "weights_fingerprint": fingerprint,
+        "records_hash": records_hash,
+        "seconds": seconds,
+        "command": " ".join(["python -m experiments.evaluate", *sys.argv[1:]]),
+    }
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     command_line.write_json(output / "evaluation.json", described)
-    reporting.write(output / "report.html", f"{FLAGS.weights or FLAGS.embeddings} on {FLAGS.pairs}", result, source, embeddings, pairs, first, second,
-                    present=present, identities=identities, details=described)
+    reporting.write(
+        output / "report.html",
+        f"{FLAGS.weights or FLAGS.embeddings} on {FLAGS.pairs}",
+        result,
+        source,
+        embeddings,
+        pairs,
+        first,
+        second,
+        present=present,
+        identities=identities,
+        details=described,
+    )
     missing = f", {result.missing} pairs missing and counted as wrong" if result.missing else ""
-    print(f"accuracy {result.accuracy:.4f} ± {result.accuracy_sem:.4f} (standard error; std {result.accuracy_std:.4f}), "
-          f"VAL {result.val:.4f} ± {result.val_std:.4f} (std) at FAR {result.far:.5f}, AUC {result.auc:.4f}, EER {result.eer:.4f}{missing}")
+    print(
+        f"accuracy {result.accuracy:.4f} ± {result.accuracy_sem:.4f} (standard error; std {result.accuracy_std:.4f}), "
+        f"VAL {result.val:.4f} ± {result.val_std:.4f} (std) at FAR {result.far:.5f}, AUC {result.auc:.4f}, EER {result.eer:.4f}{missing}"
+    )
 
 
 def _flags() -> None:
@@ -99,7 +127,9 @@ def _flags() -> None:
     flags.DEFINE_bool("flip", False, "Put the mirror image's embedding beside the image's.")
     flags.DEFINE_integer("crop", 0, "Cut so many central pixels of each record; 0 takes it whole.", lower_bound=0)
     flags.DEFINE_float("far_target", 1e-3, "False-accept rate at which VAL is measured.", 0, 1)
-    flags.DEFINE_enum("mode", "exact", ["exact", "original"], "Thresholds from the data, or davidsandberg/facenet's grids and interpolation.")
+    flags.DEFINE_enum(
+        "mode", "exact", ["exact", "original"], "Thresholds from the data, or davidsandberg/facenet's grids and interpolation."
+    )
     flags.DEFINE_bool("allow_missing", False, "Count pairs with a missing image as wrong instead of refusing.")
     flags.DEFINE_bool("force", False, "Measure although the records are aligned in another way than the training data.")
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from data_pipelines import loader
 from data_pipelines.sources import Source
-from facenet_jax.evaluation.pairs import Pairs, Verification, distances
+from facenet_jax.evaluation.pairs import Pairs, Verification, tested_distances
+from facenet_jax.report import page
 
 _SHOWN = ("flip", "weights_fingerprint", "records_hash", "seconds")
 
@@ -27,14 +28,26 @@ def read_metrics(path: Path | None) -> tuple[dict[str, Any], ...]:
     return tuple(lines)
 
 
-def write(path: Path, title: str, found: Verification, source: Source | None, embeddings: np.ndarray, pairs: Pairs, first: np.ndarray,
-          second: np.ndarray, *, present: np.ndarray | None = None, identities: np.ndarray | None = None, metrics: Path | None = None,
-          details: dict[str, Any] | None = None) -> None:
+def write(
+    path: Path,
+    title: str,
+    found: Verification,
+    source: Source | None,
+    embeddings: np.ndarray,
+    pairs: Pairs,
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    present: np.ndarray | None = None,
+    identities: np.ndarray | None = None,
+    metrics: Path | None = None,
+    details: dict[str, Any] | None = None,
+) -> None:
     """Writes the page. embeddings [n, d]; first, second [p] rows of them; without a source the mistakes have no pictures and are left out."""
-    from facenet_jax.report import page
-
     present = np.ones(len(pairs), bool) if present is None else present
-    d = distances(embeddings[first].astype(np.float64), embeddings[second].astype(np.float64), found.distance)
+    d = tested_distances(
+        embeddings[first], embeddings[second], pairs.fold, distance=found.distance, mean_subtraction=found.mean_subtraction, present=present
+    )
     mistakes = []
     if source is not None:
         where = np.flatnonzero(present)
@@ -42,10 +55,25 @@ def write(path: Path, title: str, found: Verification, source: Source | None, em
             for i in where[group]:
                 pictures = (loader.load_pixels(source, int(first[i])), loader.load_pixels(source, int(second[i])))
                 threshold = found.fold_thresholds[pairs.fold[i]]
-                mistakes.append(page.Mistake(*pictures, bool(pairs.same[i]), float(d[i]), threshold, f"{pairs.first[i]}, {pairs.second[i]}"))
+                mistakes.append(
+                    page.Mistake(*pictures, bool(pairs.same[i]), float(d[i]), threshold, f"{pairs.first[i]}, {pairs.second[i]}")
+                )
     rows = np.unique(np.concatenate([first[present], second[present]]))
     names = identities if source is None else source.identities[source.labels]
     people = np.asarray([], np.str_) if names is None else names[rows]
     shown = {name: str(value) for name, value in (details or {}).items() if name in _SHOWN}
-    page.write(path, page.Report(title, found, d[present], pairs.same[present], tuple(mistakes), read_metrics(metrics),
-                                 embeddings[rows] if len(people) else embeddings[:0], people, " ".join(sys.argv), shown))
+    page.write(
+        path,
+        page.Report(
+            title,
+            found,
+            d[present],
+            pairs.same[present],
+            tuple(mistakes),
+            read_metrics(metrics),
+            embeddings[rows] if len(people) else embeddings[:0],
+            people,
+            " ".join(sys.argv),
+            shown,
+        ),
+    )

@@ -37,7 +37,7 @@ _FREE = {"log_every", "checkpoint_every", "evaluate_every", "data.workers"}
 
 def find_records(name: str, data_dir: Path) -> str:
     """A path as given, or inside --data_dir."""
-    if name.startswith("tfds:") or Path(name).is_absolute() or (data_dir / name).exists() is False and Path(name).exists():
+    if name.startswith("tfds:") or Path(name).is_absolute() or ((data_dir / name).exists() is False and Path(name).exists()):
         return name
     return str(data_dir / name)
 
@@ -50,7 +50,9 @@ def check_same_run(workdir: Path, config: ConfigDict) -> None:
         then = command_line.flatten(json.loads(path.read_text()))
         for key, value in command_line.flatten(now).items():
             if key not in _FREE and then.get(key) != value:
-                raise BadInput(f"{workdir} holds a run with {key}={then.get(key)!r}, not {value!r}: choose another --workdir or set it back")
+                raise BadInput(
+                    f"{workdir} holds a run with {key}={then.get(key)!r}, not {value!r}: choose another --workdir or set it back"
+                )
         return
     if parallel.is_first_process():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -85,8 +87,11 @@ def make_objective(config: ConfigDict, classes: int) -> step.Objective:
 def preflight(labels: np.ndarray, sampler: loader.Sampler, rows: int) -> None:
     """Says what the data hold, and warns where they are too few to learn an embedding from."""
     counts = np.bincount(labels)
-    print(f"data: {len(labels)} images of {len(counts)} people, {counts.min()} to {counts.max()} each (median {int(np.median(counts))}); "
-          f"batches of {rows}", flush=True)
+    print(
+        f"data: {len(labels)} images of {len(counts)} people, {counts.min()} to {counts.max()} each (median {int(np.median(counts))}); "
+        f"batches of {rows}",
+        flush=True,
+    )
     if len(counts) < 100:
         print(f"warning: {len(counts)} people are too few to learn faces from scratch; start from trained weights (init=...)", flush=True)
 
@@ -95,8 +100,11 @@ def current_weights(config: ConfigDict, state: step.State, source: sources.Sourc
     """The network to evaluate and publish."""
     variables = jax.tree.map(np.asarray, jax.device_get(step.evaluated_variables(state)))
     provenance = {
-        "trained_by": "facenet_jax experiments.train", "steps": int(state.step), "records": str(source.metadata.get("name", "")),
-        "records_sha256": source.metadata.get("content_sha256", ""), "alignment": source.metadata.get("alignment", {}),
+        "trained_by": "facenet_jax experiments.train",
+        "steps": int(state.step),
+        "records": str(source.metadata.get("name", "")),
+        "records_sha256": source.metadata.get("content_sha256", ""),
+        "alignment": source.metadata.get("alignment", {}),
     }
     preprocessing = Preprocessing(config.model.size, config.model.standardisation).to_json()
     return Weights(variables, config.model.name, model_arguments(config), preprocessing, config.model.embedding_size, provenance=provenance)
@@ -113,12 +121,16 @@ def take_initial(path: Path, config: ConfigDict, state: step.State) -> step.Stat
     shapes = lambda tree: {jax.tree_util.keystr(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     here = shapes({"params": state.params["network"], "batch_stats": state.batch_stats})
     if weights.network != config.model.name or shapes(weights.variables) != here:
-        raise BadInput(f"init={path} is a {weights.network} of {weights.embedding_size} numbers, this run's is a {config.model.name} of {config.model.embedding_size}")
+        raise BadInput(
+            f"init={path} is a {weights.network} of {weights.embedding_size} numbers, this run's is a {config.model.name} of {config.model.embedding_size}"
+        )
     if weights.preprocessing["standardisation"] != config.model.standardisation:
         raise BadInput(f"init={path} was trained with model.standardisation={weights.preprocessing['standardisation']}")
     params = {**state.params, "network": weights.variables["params"]}
     stats = weights.variables["batch_stats"]
-    return state.replace(params=params, batch_stats=stats, average=None if state.average is None else jax.tree.map(np.copy, (params, stats)))
+    return state.replace(
+        params=params, batch_stats=stats, average=None if state.average is None else jax.tree.map(np.copy, (params, stats))
+    )
 
 
 def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | None:
@@ -136,9 +148,19 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
     transforms = Transforms(config.model.size, **config.transforms)
     optimizer_settings = optimizers.Optimizer(**{key: config.optimizer[key] for key in ("name", "weight_decay", "clip", "moving_average")})
     schedule = schedules.create(
-        config.optimizer.schedule, config.optimizer.learning_rate, config.steps, warmup=config.optimizer.warmup, epoch_steps=config.optimizer.epoch_steps,
+        config.optimizer.schedule,
+        config.optimizer.learning_rate,
+        config.steps,
+        warmup=config.optimizer.warmup,
+        epoch_steps=config.optimizer.epoch_steps,
     )
-    plan = loop.Plan(config.steps, config.log_every, config.checkpoint_every, config.evaluate_every, objective.triplet.margin if objective.triplet else 0.0)
+    plan = loop.Plan(
+        config.steps,
+        config.log_every,
+        config.checkpoint_every,
+        config.evaluate_every,
+        objective.triplet.margin if objective.triplet else 0.0,
+    )
     model = models.create(config.model.name, **model_arguments(config))
     optimizer = optimizers.create(optimizer_settings, schedule)
     evaluate = Evaluator(config, data_dir, source)
@@ -161,10 +183,27 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
         state = jax.device_put(state, whole)
         print(f"{config.model.name}: {models.parameter_count({'params': state.params['network']}):,} trainable values", flush=True)
 
-    train_step = step.make_train_step(model, Preprocessing(config.model.size, config.model.standardisation), objective, optimizer,
-                                      optimizer_settings, schedule, mesh, config.seed)
-    batches = loader.batches(source, sampler, transforms, config.seed, start=position, stop=config.steps, workers=config.data.workers,
-                             host=jax.process_index(), hosts=jax.process_count())
+    train_step = step.make_train_step(
+        model,
+        Preprocessing(config.model.size, config.model.standardisation),
+        objective,
+        optimizer,
+        optimizer_settings,
+        schedule,
+        mesh,
+        config.seed,
+    )
+    batches = loader.batches(
+        source,
+        sampler,
+        transforms,
+        config.seed,
+        start=position,
+        stop=config.steps,
+        workers=config.data.workers,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
     if position == 0:
         before = evaluate(state)
         print(f"untrained: accuracy {before['accuracy']:.4f}", flush=True)
@@ -192,8 +231,14 @@ class Evaluator:
     def embed(self, state: step.State) -> np.ndarray:
         """[n, d] by record; rows that no pair needs are zero."""
         embedder = Embedder(current_weights(self._config, state, self._train))
-        found = embedding.embed(embedder, self.source, indices=self._needed, crop=self._config.transforms.crop,
-                                flip=self._config.evaluation.flip, progress=False)
+        found = embedding.embed(
+            embedder,
+            self.source,
+            indices=self._needed,
+            crop=self._config.transforms.crop,
+            flip=self._config.evaluation.flip,
+            progress=False,
+        )
         embeddings = np.zeros((len(self.source.labels), found.embeddings.shape[1]), np.float32)
         embeddings[self._needed] = found.embeddings
         return embeddings
@@ -201,27 +246,62 @@ class Evaluator:
     def verify(self, embeddings: np.ndarray) -> verification.Verification:
         """The protocol on those embeddings."""
         settings = self._config.evaluation
-        return verification.verify(embeddings[self.first], embeddings[self.second], self.pairs.same, self.pairs.fold,
-                                   distance=settings.distance, mean_subtraction=settings.mean_subtraction)
+        return verification.verify(
+            embeddings[self.first],
+            embeddings[self.second],
+            self.pairs.same,
+            self.pairs.fold,
+            distance=settings.distance,
+            mean_subtraction=settings.mean_subtraction,
+        )
 
     def __call__(self, state: step.State) -> dict[str, Any]:
         found = self.verify(self.embed(state))
-        return {"accuracy": found.accuracy, "accuracy_sem": found.accuracy_sem, "val": found.val, "far": found.far, "auc": found.auc, "eer": found.eer}
+        return {
+            "accuracy": found.accuracy,
+            "accuracy_sem": found.accuracy_sem,
+            "val": found.val,
+            "far": found.far,
+            "auc": found.auc,
+            "eer": found.eer,
+        }
 
 
-def publish(config: ConfigDict, workdir: Path, state: step.State, source: sources.Source, evaluate: Evaluator, seconds: float) -> dict[str, Any]:
+def publish(
+    config: ConfigDict, workdir: Path, state: step.State, source: sources.Source, evaluate: Evaluator, seconds: float
+) -> dict[str, Any]:
     """weights.safetensors, evaluation.json and report.html of a finished run."""
     embeddings = evaluate.embed(state)
     found = evaluate.verify(embeddings)
-    threshold = {"accuracy": float(np.median(found.fold_thresholds)), f"far_{found.far_target:g}": float(np.median(found.fold_val_thresholds))}
+    threshold = {
+        "accuracy": float(np.median(found.fold_thresholds)),
+        f"far_{found.far_target:g}": float(np.median(found.fold_val_thresholds)),
+    }
     weights = dataclasses.replace(current_weights(config, state, source), thresholds={found.distance: threshold})
     fingerprint = save_weights(workdir / "weights.safetensors", weights)
-    result = {**found.to_json(), "flip": config.evaluation.flip, "weights_fingerprint": fingerprint,
-              "records_hash": evaluate.source.metadata.get("content_sha256", ""), "seconds": seconds}
+    result = {
+        **found.to_json(),
+        "flip": config.evaluation.flip,
+        "weights_fingerprint": fingerprint,
+        "records_hash": evaluate.source.metadata.get("content_sha256", ""),
+        "seconds": seconds,
+    }
     command_line.write_json(workdir / "evaluation.json", result)
-    reporting.write(workdir / "report.html", f"{config.model.name} after {int(state.step)} steps", found, evaluate.source, embeddings,
-                    evaluate.pairs, evaluate.first, evaluate.second, metrics=workdir / "metrics.jsonl", details=result)
-    print(f"accuracy {found.accuracy:.4f} ± {found.accuracy_sem:.4f} (standard error), VAL {found.val:.4f} at FAR {found.far:.4f}, {loop.duration(seconds)}")
+    reporting.write(
+        workdir / "report.html",
+        f"{config.model.name} after {int(state.step)} steps",
+        found,
+        evaluate.source,
+        embeddings,
+        evaluate.pairs,
+        evaluate.first,
+        evaluate.second,
+        metrics=workdir / "metrics.jsonl",
+        details=result,
+    )
+    print(
+        f"accuracy {found.accuracy:.4f} ± {found.accuracy_sem:.4f} (standard error), VAL {found.val:.4f} at FAR {found.far:.4f}, {loop.duration(seconds)}"
+    )
     print(f"{workdir}: weights.safetensors evaluation.json report.html")
     return result
 
@@ -236,7 +316,9 @@ def main(_: list[str]) -> None:
 
 
 def _flags() -> None:
-    config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs" / "synthetic.py"), "Configuration file; --config.key=value changes a setting.")
+    config_flags.DEFINE_config_file(
+        "config", str(Path(__file__).parent / "configs" / "synthetic.py"), "Configuration file; --config.key=value changes a setting."
+    )
     flags.DEFINE_string("workdir", "", "Run directory; runs/<config name> by default.")
     flags.DEFINE_string("data_dir", os.environ.get("FACENET_JAX_DATA", "data"), "Where directories of records lie.")
     flags.DEFINE_string("coordinator", "", "Many hosts: address:port of process 0.")

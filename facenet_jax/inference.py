@@ -1,7 +1,9 @@
 """Embedder: uint8 RGB images in, embeddings out. No mode flag, no guessed preprocessing, one compilation per batch shape."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,21 @@ def check_variables(weights: Weights) -> None:
     there = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(weights.variables)}
     for name in sorted(set(wanted) | set(there)):
         if wanted.get(name) != there.get(name):
-            raise BadInput(f"{weights.network}: tensor {name} has shape {there.get(name, 'none (missing)')}, expected {wanted.get(name, 'none (unknown)')}")
+            raise BadInput(
+                f"{weights.network}: tensor {name} has shape {there.get(name, 'none (missing)')}, expected {wanted.get(name, 'none (unknown)')}"
+            )
+
+
+@lru_cache(16)
+def _forward(network: str, arguments: str, preprocessing: Preprocessing, normalise: bool) -> Callable[[Any, jax.Array], jax.Array]:
+    """(variables, uint8 images) -> embeddings; one for all weights of an architecture, so that none of them compiles it again."""
+    model = models.create(network, **json.loads(arguments))
+
+    def forward(variables: Any, images: jax.Array) -> jax.Array:
+        prelogits = model.apply(variables, preprocessing(images), train=False).astype(jnp.float32)
+        return l2_normalize(prelogits) if normalise else prelogits
+
+    return jax.jit(forward)
 
 
 @dataclass
@@ -39,17 +55,11 @@ class Embedder:
     preprocessing: Preprocessing = field(init=False)
 
     def __post_init__(self) -> None:
-        check_variables(self.weights)
-        self.preprocessing = Preprocessing(**self.weights.preprocessing)
-        model = models.create(self.weights.network, **self.weights.arguments)
-        normalise = self.weights.normalise
-
-        def forward(variables: Any, images: jax.Array) -> jax.Array:
-            prelogits = model.apply(variables, self.preprocessing(images), train=False).astype(jnp.float32)
-            return l2_normalize(prelogits) if normalise else prelogits
-
-        self._variables = jax.device_put(self.weights.variables)
-        self._forward = jax.jit(forward)
+        weights = self.weights
+        check_variables(weights)
+        self.preprocessing = Preprocessing(**weights.preprocessing)
+        self._variables = jax.device_put(weights.variables)
+        self._forward = _forward(weights.network, json.dumps(weights.arguments, sort_keys=True), self.preprocessing, weights.normalise)
 
     @property
     def fingerprint(self) -> str:
@@ -79,8 +89,11 @@ class Embedder:
         import cv2
 
         area = cv2.INTER_AREA if min(images.shape[1:3]) > self.size else cv2.INTER_LINEAR
-        return np.stack([cv2.resize(image, (self.size, self.size), interpolation=area) for image in images]) if len(images) else \
-            np.zeros((0, self.size, self.size, 3), np.uint8)
+        return (
+            np.stack([cv2.resize(image, (self.size, self.size), interpolation=area) for image in images])
+            if len(images)
+            else np.zeros((0, self.size, self.size, 3), np.uint8)
+        )
 
     def _embed(self, images: np.ndarray) -> np.ndarray:
         parts = []

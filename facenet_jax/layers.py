@@ -29,8 +29,13 @@ def precision_for(dtype: Any) -> lax.Precision | None:
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int = 1) -> Array:
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS,
-        feature_group_count=groups, precision=precision_for(x.dtype),
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=_DIMENSIONS,
+        feature_group_count=groups,
+        precision=precision_for(x.dtype),
     )
 
 
@@ -47,7 +52,8 @@ def _patches(x: Array, window: tuple[int, int], stride: int, pads: Sequence[tupl
     out = [(padded.shape[1 + a] - window[a]) // stride + 1 for a in (0, 1)]
     columns = [
         padded[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
-        for i in range(window[0]) for j in range(window[1])
+        for i in range(window[0])
+        for j in range(window[1])
     ]
     return jnp.concatenate(columns, -1).reshape(-1, window[0] * window[1] * x.shape[-1])
 

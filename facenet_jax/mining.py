@@ -170,9 +170,13 @@ def mine_block(
             gradient = gradient.at[lanes, chosen].add(-active, mode="drop")
         gradient = gradient.at[lanes, positives].add(active)
         return Sums(
-            loss=sums.loss + loss.sum(), triplets=sums.triplets + found.sum(), active=sums.active + active.sum(),
-            pairs=sums.pairs + valid.sum(), positive=sums.positive + (to_positive * valid).sum(),
-            anchors=sums.anchors, negative=sums.negative,
+            loss=sums.loss + loss.sum(),
+            triplets=sums.triplets + found.sum(),
+            active=sums.active + active.sum(),
+            pairs=sums.pairs + valid.sum(),
+            positive=sums.positive + (to_positive * valid).sum(),
+            anchors=sums.anchors,
+            negative=sums.negative,
         ), gradient
 
     others = is_negative.sum(1, dtype=jnp.float32)
@@ -198,8 +202,17 @@ def mine_block(
 
 
 def mine_rows(
-    own: Array, first_row: Array, everything: Array, labels: Array, mask: Array, draw: Array,
-    *, how: Rule, margin: float, max_images: int, block: int,
+    own: Array,
+    first_row: Array,
+    everything: Array,
+    labels: Array,
+    mask: Array,
+    draw: Array,
+    *,
+    how: Rule,
+    margin: float,
+    max_images: int,
+    block: int,
 ) -> tuple[Sums, Array, Array]:
     """Anchors `own` [n, d], rows first_row... of the batch, against `everything` [N, d], `block` anchors at a time.
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -61,7 +60,9 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def map_rows(mesh: Mesh, function: Callable[..., tuple[Any, Any, jax.Array]], embeddings: jax.Array, *rest: jax.Array) -> tuple[Any, jax.Array]:
+def map_rows(
+    mesh: Mesh, function: Callable[..., tuple[Any, Any, jax.Array]], embeddings: jax.Array, *rest: jax.Array
+) -> tuple[Any, jax.Array]:
     """Runs `function` on each device's rows against the rows of all devices; one gather, one scatter.
 
     `function(own [n, d], first_row, all [N, d], *rest)` returns (sums, gradient of own rows [n, d], gradient of all rows
@@ -78,5 +79,3 @@ def map_rows(mesh: Mesh, function: Callable[..., tuple[Any, Any, jax.Array]], em
     cut, whole = PartitionSpec(DATA), PartitionSpec()
     run = partial(jax.shard_map, mesh=mesh, in_specs=(cut, *(whole for _ in rest)), out_specs=(whole, cut), check_vma=False)
     return run(local)(embeddings, *rest)
-
-

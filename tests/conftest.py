@@ -6,10 +6,10 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402 - the environment comes first
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from facenet_jax import parallel  # noqa: E402
+from facenet_jax import parallel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

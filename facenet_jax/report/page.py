@@ -92,6 +92,7 @@ def worst_pairs(
 
 # Text and numbers.
 
+
 def _number(value: float) -> str:
     return f"{value:#.4g}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "−∞"}.get(value, "–")
 
@@ -146,6 +147,7 @@ def _origin(report: Report) -> str:
 
 # Pictures of mistakes.
 
+
 def _jpeg(picture: np.ndarray, of: str) -> str:
     """[h, w, 3] uint8 as a data URI."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
@@ -184,9 +186,23 @@ _INK, _LINE, _FIRST, _SECOND, _THIRD = "#010101", "#020202", "#030303", "#040404
 _PAGE_COLOURS = {_INK: "currentColor", _LINE: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)", _THIRD: "var(--third)"}
 _PLOT_STYLE: dict[Any, Any] = {
     # Text stays text, in the page's font, and "$" is only a letter.
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": _INK, "axes.edgecolor": _LINE, "axes.labelcolor": _INK,
-    "xtick.color": _LINE, "ytick.color": _LINE, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "axes.grid": True, "grid.color": _LINE,
-    "grid.linewidth": 0.5, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "axes.grid": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
     "legend.frameon": False,
 }
 _PEOPLE_COLOURS = ("#4477cc", "#dd7733", "#2f9e62", "#c94f6d", "#8a63c9", "#a0772b", "#2a9fb5", "#d1539f", "#7f8c2f", "#808896")
@@ -248,8 +264,7 @@ def _histogram_plot(report: Report) -> str:
         return ""
     found = report.verification
     edges = np.histogram_bin_edges(report.distances, bins=int(np.clip(math.sqrt(len(report.distances)), 5, 60)))
-    # With the mean subtracted, thresholds are of other distances than these.
-    threshold = math.nan if found.mean_subtraction or not found.fold_thresholds else statistics.median(found.fold_thresholds)
+    threshold = statistics.median(found.fold_thresholds) if found.fold_thresholds else math.nan
 
     def draw(axes: "Axes") -> None:
         for name, group, colour in (("same", report.same, _FIRST), ("different", ~report.same, _SECOND)):
@@ -264,14 +279,17 @@ def _histogram_plot(report: Report) -> str:
         # Above the plot: inside, it would hide one of the two humps.
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1.2, columnspacing=1.2)
 
-    other = " Before mean subtraction, so the threshold is not of this scale." if found.mean_subtraction else ""
-    return _figure("Distances", _plot("Histogram of distances", draw), f"The less the two overlap, the better.{other}")
+    return _figure("Distances", _plot("Histogram of distances", draw), "The less the two overlap, the better.")
 
 
 _CURVES = (
     ("Loss", "train", ("loss", "triplet_loss", "softmax_loss"), "Of the batch."),
-    ("Shares", "train", ("active", "classified", "spread"),
-     "Active: pairs with a positive loss; classified: right people; spread: 0 where all embeddings are one."),
+    (
+        "Shares",
+        "train",
+        ("active", "classified", "spread"),
+        "Active: pairs with a positive loss; classified: right people; spread: 0 where all embeddings are one.",
+    ),
     ("Distances in the batch", "train", ("positive", "negative"), "Mean to positives and to the mined negatives."),
     ("Images per second", "train", ("images_per_s",), "All devices together."),
     ("Evaluation", "evaluation", ("accuracy", "val"), "On the validation pairs."),

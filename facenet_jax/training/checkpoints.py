@@ -40,7 +40,9 @@ class Checkpoints:
             raise BadInput("there is no checkpoint to restore")
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore()))
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
+            )
         except (ValueError, KeyError) as error:
             raise BadInput(f"checkpoint {step} is not of this configuration: {str(error)[:300]}") from None
         return found["state"], found["position"]

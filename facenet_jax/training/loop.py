@@ -135,8 +135,13 @@ COLLAPSE = (
 
 
 def fit(
-    state: State, step_function: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]],
-    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, plan: Plan, workdir: Path, checkpoints: Checkpoints,
+    state: State,
+    step_function: Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]],
+    batches: Iterator[dict[str, np.ndarray]],
+    mesh: Mesh,
+    plan: Plan,
+    workdir: Path,
+    checkpoints: Checkpoints,
     evaluate: Callable[[State], dict[str, Any]] | None = None,
 ) -> tuple[State, bool]:
     """Trains until plan.steps or a request to stop; returns the state and whether it finished.
@@ -156,8 +161,10 @@ def fit(
         while len(recent) > limit:
             step, loss, indices = recent.popleft()
             if not math.isfinite(float(loss)):
-                raise BadInput(f"the loss is not finite at step {step} (records {', '.join(map(str, indices[:8]))}, ...): lower "
-                               "optimizer.learning_rate, set optimizer.clip, or look at those records; the last checkpoint is from before it")
+                raise BadInput(
+                    f"the loss is not finite at step {step} (records {', '.join(map(str, indices[:8]))}, ...): lower "
+                    "optimizer.learning_rate, set optimizer.clip, or look at those records; the last checkpoint is from before it"
+                )
 
     with Stop() as stop:
         for step in range(first, plan.steps):
@@ -182,17 +189,21 @@ def fit(
                 values["elapsed_s"] = now - started
                 log.write("train", done, values)
                 remaining = (plan.steps - done) * seconds / max(done - last_step, 1)
-                shown = " ".join(f"{name}={values[name]:.4g}" for name in ("loss", "active", "classified", "positive", "negative", "spread") if name in values)
+                shown = " ".join(
+                    f"{name}={values[name]:.4g}"
+                    for name in ("loss", "active", "classified", "positive", "negative", "spread")
+                    if name in values
+                )
                 log.show(done, f"{shown} {values['images_per_s']:.0f} images/s wait={values['data_wait']:.1%} ETA {duration(remaining)}")
                 alarms = alarms + 1 if collapsed(values, plan.margin) else 0
                 if alarms == 3:
                     log.show(done, COLLAPSE, keep=True)
                 last_time, last_step, waited, paused = now, done, 0.0, 0.0
             pause = time.perf_counter()
-            if plan.checkpoint_every and done % plan.checkpoint_every == 0 or ending:
+            if (plan.checkpoint_every and done % plan.checkpoint_every == 0) or ending:
                 check_finite(0)
                 checkpoints.save(done, state, {"batches": done}, wait=ending)
-            if evaluate and (finished or plan.evaluate_every and done % plan.evaluate_every == 0):
+            if evaluate and (finished or (plan.evaluate_every and done % plan.evaluate_every == 0)):
                 values = evaluate(state)
                 log.write("evaluation", done, values)
                 log.show(done, " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)), keep=True)

@@ -1,5 +1,6 @@
 """Learning rate by step: named shapes, or the original code's text files (epoch: rate)."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_text(path: Path) -> TextSchedule:
             rates.append(-1.0 if rate.strip() == "-" else float(rate))
         except ValueError:
             raise BadInput(f"{path}: line {number} is not 'epoch: rate'") from None
-    if not epochs or epochs[0] != 0 or any(b <= a for a, b in zip(epochs, epochs[1:], strict=False)):
+    if not epochs or epochs[0] != 0 or any(b <= a for a, b in itertools.pairwise(epochs)):
         raise BadInput(f"{path}: epochs must start at 0 and grow")
     stop = next((epoch for epoch, rate in zip(epochs, rates, strict=True) if rate < 0), None)
     return TextSchedule(tuple(epochs), tuple(rates), stop)

@@ -48,7 +48,9 @@ class Objective:
             raise BadInput("nothing to train: set triplet.weight or softmax.weight above 0")
 
 
-def initial_state(model: nn.Module, objective: Objective, optimizer: optax.GradientTransformation, settings: Optimizer, size: int, seed: int) -> State:
+def initial_state(
+    model: nn.Module, objective: Objective, optimizer: optax.GradientTransformation, settings: Optimizer, size: int, seed: int
+) -> State:
     """Fresh state; the same for the same seed on any mesh."""
     network_key, head_key = jax.random.split(jax.random.key(seed))
     variables = models.initialise(model, network_key, size)
@@ -84,8 +86,14 @@ def objective_value(
 
 
 def make_train_step(
-    model: nn.Module, preprocessing: Preprocessing, objective: Objective, optimizer: optax.GradientTransformation,
-    settings: Optimizer, schedule: Callable[[Any], jax.Array], mesh: Mesh, seed: int,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    settings: Optimizer,
+    schedule: Callable[[Any], jax.Array],
+    mesh: Mesh,
+    seed: int,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); batch: image [N, s, s, 3] uint8, label [N] int32, cut over the mesh.
 
@@ -111,8 +119,11 @@ def make_train_step(
             decay = jnp.minimum(settings.moving_average, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, (params, batch_stats))
         metrics |= {
-            "loss": value, "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "gradient_norm": global_norm(gradients), "update_norm": global_norm(updates), "weight_norm": global_norm(params),
+            "loss": value,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "gradient_norm": global_norm(gradients),
+            "update_norm": global_norm(updates),
+            "weight_norm": global_norm(params),
         }
         return State(state.step + 1, params, batch_stats, opt_state, average), metrics
 

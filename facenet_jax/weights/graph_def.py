@@ -54,9 +54,19 @@ MESSAGES = _messages(_SCHEMA)
 DTYPES: dict[int, tuple[np.dtype, str]] = {
     number: (np.dtype(kind), field)
     for number, kind, field in (
-        (1, "<f4", "float_val"), (2, "<f8", "double_val"), (3, "<i4", "int_val"), (4, "u1", "int_val"), (5, "<i2", "int_val"),
-        (6, "i1", "int_val"), (9, "<i8", "int64_val"), (10, "?", "bool_val"), (14, ml_dtypes.bfloat16, "half_val"),
-        (17, "<u2", "int_val"), (19, "<f2", "half_val"), (22, "<u4", "uint32_val"), (23, "<u8", "uint64_val"),
+        (1, "<f4", "float_val"),
+        (2, "<f8", "double_val"),
+        (3, "<i4", "int_val"),
+        (4, "u1", "int_val"),
+        (5, "<i2", "int_val"),
+        (6, "i1", "int_val"),
+        (9, "<i8", "int64_val"),
+        (10, "?", "bool_val"),
+        (14, ml_dtypes.bfloat16, "half_val"),
+        (17, "<u2", "int_val"),
+        (19, "<f2", "half_val"),
+        (22, "<u4", "uint32_val"),
+        (23, "<u8", "uint64_val"),
     )
 }
 

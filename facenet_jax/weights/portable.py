@@ -66,7 +66,9 @@ def load_weights(path: Path) -> Weights:
     except (SafetensorError, ValueError, OSError) as error:
         raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
-        raise BadInput(f"{path}: format {metadata.get('format')!r} is not {FORMAT!r}; foreign weights come in by `python -m facenet_jax.apps.convert`")
+        raise BadInput(
+            f"{path}: format {metadata.get('format')!r} is not {FORMAT!r}; foreign weights come in by `python -m facenet_jax.apps.convert`"
+        )
     try:
         described = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
         fingerprint = described.pop("fingerprint")

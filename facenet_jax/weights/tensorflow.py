@@ -26,21 +26,24 @@ _NORM = "/BatchNorm/"
 _OFFSET = "/Conv2D_bn_offset"
 
 # From a Flax path to the original name, applied in order.
-_RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
-    (r"^(params|batch_stats)/", _SCOPE),
-    (r"^logits/", "Logits/"),
-    (r"/(?=block35_)", "/Repeat/"),
-    (r"/(?=block17_)", "/Repeat_1/"),
-    (r"/(?=block8_)", "/Repeat_2/"),
-    (r"(Branch_\d)_", r"\1/"),
-    (r"/(mixed|conv)/", "/"),
-    (r"[/_]norm/", _NORM),
-    (r"(?<=BatchNorm/)bias$", "beta"),
-    (r"(?<=BatchNorm/)mean$", "moving_mean"),
-    (r"(?<=BatchNorm/)var$", "moving_variance"),
-    (r"/bias$", "/biases"),
-    (r"/kernel$", "/weights"),
-))
+_RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(params|batch_stats)/", _SCOPE),
+        (r"^logits/", "Logits/"),
+        (r"/(?=block35_)", "/Repeat/"),
+        (r"/(?=block17_)", "/Repeat_1/"),
+        (r"/(?=block8_)", "/Repeat_2/"),
+        (r"(Branch_\d)_", r"\1/"),
+        (r"/(mixed|conv)/", "/"),
+        (r"[/_]norm/", _NORM),
+        (r"(?<=BatchNorm/)bias$", "beta"),
+        (r"(?<=BatchNorm/)mean$", "moving_mean"),
+        (r"(?<=BatchNorm/)var$", "moving_variance"),
+        (r"/bias$", "/biases"),
+        (r"/kernel$", "/weights"),
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,17 @@ def conv_loops(x, kernel, stride, pads):
     return out
 
 
-SHAPES = [((1, 1), 1, "SAME"), ((1, 1), 2, "VALID"), ((3, 3), 1, "SAME"), ((3, 3), 2, "SAME"), ((3, 3), 2, "VALID"), ((1, 7), 1, "SAME"),
-          ((7, 1), 1, "SAME"), ((7, 7), 2, ((3, 3), (3, 3))), ((5, 3), 2, ((2, 1), (0, 2)))]
+SHAPES = [
+    ((1, 1), 1, "SAME"),
+    ((1, 1), 2, "VALID"),
+    ((3, 3), 1, "SAME"),
+    ((3, 3), 2, "SAME"),
+    ((3, 3), 2, "VALID"),
+    ((1, 7), 1, "SAME"),
+    ((7, 1), 1, "SAME"),
+    ((7, 7), 2, ((3, 3), (3, 3))),
+    ((5, 3), 2, ((2, 1), (0, 2))),
+]
 
 
 @pytest.mark.parametrize(("window", "stride", "padding"), SHAPES)
@@ -93,7 +102,7 @@ def test_batch_norm_says_what_it_normalises_by(groups, mesh):
 def test_batch_norm_groups_must_divide():
     x = jnp.zeros((6, 4))
     module = layers.BatchNorm(groups=4)
-    with pytest.raises(BadInput, match="6 images .* 4 BatchNorm groups"):
+    with pytest.raises(BadInput, match=r"6 images .* 4 BatchNorm groups"):
         module.apply(module.init(jax.random.key(0), x, False), x, True, mutable=["batch_stats"])
 
 

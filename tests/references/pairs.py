@@ -1,5 +1,6 @@
 """The LFW protocol from PAPER.md's words, by loops over every threshold that could matter."""
 
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ def protocol(first, second, same, fold, kind, subtract_mean, far_target):
             mean = np.concatenate([first[train], second[train]]).astype(np.float64).mean(0)
         d = [distance(first[i].astype(np.float64) - mean, second[i].astype(np.float64) - mean, kind) for i in range(len(same))]
         values = sorted({d[i] for i in train})
-        candidates = [values[0] - 1e-6] + [(x + y) / 2 for x, y in zip(values, values[1:], strict=False)] + [values[-1] + 1e-6]
+        candidates = [values[0] - 1e-6] + [(x + y) / 2 for x, y in itertools.pairwise(values)] + [values[-1] + 1e-6]
         right = [sum((d[i] < t) == same[i] for i in train) for t in candidates]
         best = candidates[right.index(max(right))]
         accuracies.append(sum((d[i] < best) == same[i] for i in test) / len(test))

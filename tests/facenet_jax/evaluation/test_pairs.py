@@ -18,11 +18,21 @@ def random_pairs(seed, folds=4, per_fold=12, dimensions=5, noise=0.6, rounded=Fa
     second = np.where(same[:, None], first + noise * rng.normal(size=first.shape), rng.normal(size=first.shape))
     unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     first, second = unit(first), unit(second)
-    return (first.round(1), second.round(1), same, np.repeat(np.arange(folds), per_fold)) if rounded else (first, second, same, np.repeat(np.arange(folds), per_fold))
+    return (
+        (first.round(1), second.round(1), same, np.repeat(np.arange(folds), per_fold))
+        if rounded
+        else (first, second, same, np.repeat(np.arange(folds), per_fold))
+    )
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), kind=st.sampled_from(["squared", "cosine"]), mean=st.booleans(), far=st.sampled_from([0.0, 0.06, 0.2]), noise=st.sampled_from([0.3, 1.0]))
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(["squared", "cosine"]),
+    mean=st.booleans(),
+    far=st.sampled_from([0.0, 0.06, 0.2]),
+    noise=st.sampled_from([0.3, 1.0]),
+)
 def test_equals_brute_force(seed, kind, mean, far, noise):
     first, second, same, fold = random_pairs(seed, noise=noise)
     found = p.verify(first, second, same, fold, distance=kind, mean_subtraction=mean, far_target=far)
@@ -89,7 +99,12 @@ def test_pairs_file(tmp_path, shared):
     assert found.first.tolist() == ["Ada/Ada_0001", "Ada/Ada_0001", "Bob/Bob_0001", "Bob/Bob_0002"]
     assert found.second.tolist() == ["Ada/Ada_0002", "Bob/Bob_0003", "Bob/Bob_0003", "Cy/Cy_0010"]
     assert found.same.tolist() == [True, False, True, False] and found.fold.tolist() == [0, 0, 1, 1]
-    for text, words in (("", "first line"), ("2 1\nAda 1 2\n", "promises 2 x 2 x 1"), ("1 1\nAda 1 2\nAda x Bob 3\n", "line 3"), ("1 1\nAda 1\nB 1 C 2\n", "line 2")):
+    for text, words in (
+        ("", "first line"),
+        ("2 1\nAda 1 2\n", "promises 2 x 2 x 1"),
+        ("1 1\nAda 1 2\nAda x Bob 3\n", "line 3"),
+        ("1 1\nAda 1\nB 1 C 2\n", "line 2"),
+    ):
         path.write_text(text)
         with pytest.raises(BadInput, match=words):
             p.read_pairs(path)

@@ -27,7 +27,9 @@ def test_equals_reference(settings):
         target = np.full(5, settings.smoothing / 5)
         target[label] += 1 - settings.smoothing
         losses.append(-(target * logp).sum())
-    value, metrics = softmax_loss({k: jnp.asarray(v) for k, v in head.items()}, jnp.asarray(x, jnp.float32), jnp.asarray(labels), jnp.asarray(mask), settings)
+    value, metrics = softmax_loss(
+        {k: jnp.asarray(v) for k, v in head.items()}, jnp.asarray(x, jnp.float32), jnp.asarray(labels), jnp.asarray(mask), settings
+    )
     assert float(value) == pytest.approx(np.mean(losses[:6]), rel=1e-5)
     assert float(metrics["classified"]) == pytest.approx(np.mean(right[:6]))
 

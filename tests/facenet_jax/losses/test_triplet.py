@@ -45,8 +45,16 @@ def test_equals_oracle(rule, mesh):
 
 
 @settings(max_examples=12, deadline=None)
-@given(people=st.integers(1, 6), images=st.integers(1, 5), masked=st.integers(0, 8), rule=st.sampled_from(sorted(mining.RULES)),
-       margin=st.sampled_from([0.05, 0.2, 1.0]), devices=st.sampled_from([1, 2, 8]), block=st.sampled_from([1, 2, 7, 100]), seed=st.integers(0, 10_000))
+@given(
+    people=st.integers(1, 6),
+    images=st.integers(1, 5),
+    masked=st.integers(0, 8),
+    rule=st.sampled_from(sorted(mining.RULES)),
+    margin=st.sampled_from([0.05, 0.2, 1.0]),
+    devices=st.sampled_from([1, 2, 8]),
+    block=st.sampled_from([1, 2, 7, 100]),
+    seed=st.integers(0, 10_000),
+)
 def test_any_batch_on_any_mesh(people, images, masked, rule, margin, devices, block, seed):
     embeddings, labels = batch(people, images, 6, seed)
     missing = -len(labels) % 8
@@ -56,7 +64,9 @@ def test_any_batch_on_any_mesh(people, images, masked, rule, margin, devices, bl
     mask[np.random.default_rng(seed).permutation(len(mask))[:masked]] = False
     chosen = oracle.select(embeddings, labels, mask, rule, margin, 3)
     expected, gradient = oracle.loss_and_gradient(embeddings, chosen, margin)
-    value, ours_gradient, metrics = ours(embeddings, labels, mask, Triplet(rule, margin, block, max(images, 2)), parallel.make_mesh(jax.devices()[:devices]))
+    value, ours_gradient, metrics = ours(
+        embeddings, labels, mask, Triplet(rule, margin, block, max(images, 2)), parallel.make_mesh(jax.devices()[:devices])
+    )
     assert metrics["triplets"] == len(chosen)
     assert value == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(ours_gradient, gradient, atol=1e-5)
@@ -99,7 +109,10 @@ def test_golden_loss_and_gradients(shared):
         np.testing.assert_allclose(gradient, golden[f"grad_{name}"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [({"rule": "semihard"}, "semi_hard, semi_hard_random"), ({"margin": 0.0}, "margin"), ({"reduction": "none"}, "mean or sum")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"rule": "semihard"}, "semi_hard, semi_hard_random"), ({"margin": 0.0}, "margin"), ({"reduction": "none"}, "mean or sum")],
+)
 def test_bad_settings_name_the_remedy(arguments, words):
     with pytest.raises(BadInput, match=words):
         Triplet(**arguments)

@@ -90,8 +90,12 @@ def full_report() -> page.Report:
     train = [{"kind": "train", "step": step, **values} for step in range(10, 100, 10)]
     evaluation = [{"kind": "evaluation", "step": 90, "accuracy": 0.9, "val": 0.5}]
     return dataclasses.replace(
-        bare_report(far_target=0.01), mistakes=(mistake(False), mistake(True)), metrics=(*train, *evaluation), embeddings=embeddings,
-        people=np.asarray(["Ann", "Bob", "Cid", "Dée"])[labels], command="python -m experiments.evaluate --flip",
+        bare_report(far_target=0.01),
+        mistakes=(mistake(False), mistake(True)),
+        metrics=(*train, *evaluation),
+        embeddings=embeddings,
+        people=np.asarray(["Ann", "Bob", "Cid", "Dée"])[labels],
+        command="python -m experiments.evaluate --flip",
         details={"weights_fingerprint": "0a1b2c"},
     )
 
@@ -160,7 +164,11 @@ def test_escapes_every_text(tmp_path):
     evil = '"><script>alert(1)</script>&$\\_{'
     report = full_report()
     report = dataclasses.replace(
-        report, title=evil, command=evil, details={evil: evil}, mistakes=(mistake(True, evil),),
+        report,
+        title=evil,
+        command=evil,
+        details={evil: evil},
+        mistakes=(mistake(True, evil),),
         people=np.where(report.people == "Ann", evil, report.people),
         verification=dataclasses.replace(report.verification, distance=evil, mode=evil),
     )

@@ -5,6 +5,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Callable
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 # Writers of small files, as TensorFlow writes them.
 
+
 def varint(value: int) -> bytes:
     head = b""
     while value > 127:
@@ -42,7 +44,7 @@ def varint(value: int) -> bytes:
 def block(entries: list[tuple[bytes, bytes]]) -> bytes:
     data, previous = b"", b""
     for key, value in entries:
-        shared = len(os.path.commonprefix([previous, key]))
+        shared = len(commonpath([previous, key]))
         data += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
         previous = key
     return data + bytes(4) + (1).to_bytes(4, "little")
@@ -88,17 +90,21 @@ def shape(sizes: tuple[int, ...]) -> dict[str, Any]:
 def graph(constants: dict[str, dict[str, Any]]) -> bytes:
     """A GraphDef of Const nodes with these Tensor fields, and one node of another kind."""
     nodes = [MESSAGES["Node"](name="input", op="Placeholder")]
-    nodes += [MESSAGES["Node"](name=name, op="Const", attr=[{"key": "dtype"}, {"key": "value", "value": {"tensor": tensor}}])
-              for name, tensor in constants.items()]
+    nodes += [
+        MESSAGES["Node"](name=name, op="Const", attr=[{"key": "dtype"}, {"key": "value", "value": {"tensor": tensor}}])
+        for name, tensor in constants.items()
+    ]
     return MESSAGES["Graph"](node=[node.SerializeToString() for node in nodes]).SerializeToString()
 
 
 SMALL = {"model/a": np.arange(6.0).reshape(2, 3), "model/ab": np.array(7.0), "other": np.zeros((0, 4)), "z": np.ones(5)}
-SMALL_GRAPH = graph({
-    "a": {"dtype": 1, "shape": shape((2,)), "content": np.array([1, 2], "<f4").tobytes()},
-    "b": {"dtype": 3, "shape": shape((2, 2)), "int_val": [5]},
-    "c": {"dtype": 19, "shape": shape((3,)), "half_val": [15360, 0, 16384]},
-})
+SMALL_GRAPH = graph(
+    {
+        "a": {"dtype": 1, "shape": shape((2,)), "content": np.array([1, 2], "<f4").tobytes()},
+        "b": {"dtype": 3, "shape": shape((2, 2)), "int_val": [5]},
+        "c": {"dtype": 19, "shape": shape((3,)), "half_val": [15360, 0, 16384]},
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -203,17 +209,24 @@ def test_moving_averages_are_taken_only_when_asked_for(tensors: dict[str, np.nda
         from_tensorflow(tensors, use_moving_average=True)
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("InceptionResnetV1/Bottleneck/weights", None, r"Bottleneck/weights is missing"),
-    ("InceptionResnetV1/Bottleneck/weights", np.zeros(3, np.float32), r"Bottleneck/weights has shape \[3\], expected \[1792, 128\]"),
-    ("InceptionResnetV1/Conv2d_2b_3x3/weights", np.zeros((3, 3, 64, 32), np.float32), r"\[3, 3, 64, 32\], expected \[3, 3, 32, 64\]"),
-    ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/beta", np.full(64, np.nan, np.float32), r"beta \[64\] holds values that are not finite"),
-    ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/beta", np.full(64, 1e60), r"beta \[64\] holds values that are not finite"),
-    ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/beta", np.zeros(64, np.int32), r"beta \[64\] is int32"),
-    ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/gamma", np.ones(64, np.float32), r"gamma \[64\] is there, expected none"),
-    ("Logits/biases", None, r"Logits/biases is missing, expected shape \[2\]"),
-    ("Logits/weights", np.zeros((4, 2), np.float32), r"Logits/weights has shape \[4, 2\], expected \[3, 2\]"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("InceptionResnetV1/Bottleneck/weights", None, r"Bottleneck/weights is missing"),
+        ("InceptionResnetV1/Bottleneck/weights", np.zeros(3, np.float32), r"Bottleneck/weights has shape \[3\], expected \[1792, 128\]"),
+        ("InceptionResnetV1/Conv2d_2b_3x3/weights", np.zeros((3, 3, 64, 32), np.float32), r"\[3, 3, 64, 32\], expected \[3, 3, 32, 64\]"),
+        (
+            "InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/beta",
+            np.full(64, np.nan, np.float32),
+            r"beta \[64\] holds values that are not finite",
+        ),
+        ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/beta", np.full(64, 1e60), r"beta \[64\] holds values that are not finite"),
+        ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/beta", np.zeros(64, np.int32), r"beta \[64\] is int32"),
+        ("InceptionResnetV1/Conv2d_2b_3x3/BatchNorm/gamma", np.ones(64, np.float32), r"gamma \[64\] is there, expected none"),
+        ("Logits/biases", None, r"Logits/biases is missing, expected shape \[2\]"),
+        ("Logits/weights", np.zeros((4, 2), np.float32), r"Logits/weights has shape \[4, 2\], expected \[3, 2\]"),
+    ],
+)
 def test_a_wrong_tensor_is_named(tensors: dict[str, np.ndarray], name: str, value: np.ndarray | None, message: str) -> None:
     stored = {**tensors, name: value}
     if value is None:
@@ -247,33 +260,46 @@ def test_constants_of_every_type(tmp_path: Path, number: int) -> None:
     listed = values.view(np.uint16) if field == "half_val" else values
     one = listed[0, :1].tolist()
     path = tmp_path / "graph.pb"
-    path.write_bytes(graph({
-        "content": {"dtype": number, "shape": shape((2, 2)), "content": values.tobytes()},
-        "listed": {"dtype": number, "shape": shape((2, 2)), field: listed.ravel().tolist()},
-        "one": {"dtype": number, "shape": shape((2, 3)), field: one},
-        "none": {"dtype": number, "shape": shape((2,))},
-        "scalar": {"dtype": number, field: one},
-        "empty": {"dtype": number, "shape": shape((0, 3))},
-        "string": {"dtype": 7, "shape": shape((2,))},
-    }))
+    path.write_bytes(
+        graph(
+            {
+                "content": {"dtype": number, "shape": shape((2, 2)), "content": values.tobytes()},
+                "listed": {"dtype": number, "shape": shape((2, 2)), field: listed.ravel().tolist()},
+                "one": {"dtype": number, "shape": shape((2, 3)), field: one},
+                "none": {"dtype": number, "shape": shape((2,))},
+                "scalar": {"dtype": number, field: one},
+                "empty": {"dtype": number, "shape": shape((0, 3))},
+                "string": {"dtype": 7, "shape": shape((2,))},
+            }
+        )
+    )
     found = read_graph(path)
-    expected = {"content": values, "listed": values, "one": np.ones((2, 3)), "none": np.zeros(2), "scalar": np.ones(()),
-                "empty": np.zeros((0, 3))}
+    expected = {
+        "content": values,
+        "listed": values,
+        "one": np.ones((2, 3)),
+        "none": np.zeros(2),
+        "scalar": np.ones(()),
+        "empty": np.zeros((0, 3)),
+    }
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == dtype and found[name].shape == value.shape and (found[name] == value.astype(dtype)).all(), name
 
 
-@pytest.mark.parametrize(("tensor", "message"), [
-    ({"shape": shape((3,)), "content": b"1234"}, "4 bytes for"),
-    ({"shape": shape((3,)), "float_val": [1, 2]}, "2 values for"),
-    ({"shape": shape((1 << 25,)), "float_val": [1]}, "1 values for"),
-    ({"shape": shape((1 << 40,)), "float_val": [1]}, "impossible shape"),
-    ({"shape": shape((0, 1 << 62, 1 << 62))}, "impossible shape"),
-    ({"shape": shape((-1,))}, "impossible shape"),
-    ({"shape": shape((1,) * 33), "float_val": [1]}, "rank"),
-    ({"shape": {"unknown_rank": True}, "float_val": [1]}, "rank"),
-])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ({"shape": shape((3,)), "content": b"1234"}, "4 bytes for"),
+        ({"shape": shape((3,)), "float_val": [1, 2]}, "2 values for"),
+        ({"shape": shape((1 << 25,)), "float_val": [1]}, "1 values for"),
+        ({"shape": shape((1 << 40,)), "float_val": [1]}, "impossible shape"),
+        ({"shape": shape((0, 1 << 62, 1 << 62))}, "impossible shape"),
+        ({"shape": shape((-1,))}, "impossible shape"),
+        ({"shape": shape((1,) * 33), "float_val": [1]}, "rank"),
+        ({"shape": {"unknown_rank": True}, "float_val": [1]}, "rank"),
+    ],
+)
 def test_a_constant_that_lies_is_refused(tmp_path: Path, tensor: dict[str, Any], message: str) -> None:
     path = tmp_path / "graph.pb"
     path.write_bytes(graph({"a\nb": {"dtype": 1, **tensor}}))
@@ -308,20 +334,23 @@ def test_a_small_checkpoint_is_read_back(tmp_path: Path) -> None:
     assert all(np.array_equal(found[name], SMALL[name]) and found[name].dtype == np.float32 for name in SMALL)
 
 
-@pytest.mark.parametrize(("how", "message"), [
-    ({"compression": 1}, "compressed by snappy"),
-    ({"header": {"shards": 1, "endianness": 1}}, "big-endian"),
-    ({"header": {"shards": 2}}, r"data-00000-of-00002: missing"),
-    ({"header": {"shards": -1}}, "data file 0"),
-    ({"change": lambda name, fields: fields.update(slices=[b""])}, "partitioned"),
-    ({"change": lambda name, fields: fields.update(crc32c=1)}, "checksum"),
-    ({"change": lambda name, fields: fields.update(offset=1 << 62)}, "truncated"),
-    ({"change": lambda name, fields: fields.update(offset=0, size=24, shape=shape((6,)))}, "checksum|truncated"),
-    ({"change": lambda name, fields: fields.update(shape=shape((1 << 30,)), size=1 << 32)}, "truncated"),
-    ({"change": lambda name, fields: fields.update(size=1 << 40)}, "1099511627776 bytes at"),
-    ({"damage": lambda data: data[:-4] + b"\xff" * 4}, "restarts"),
-    ({"damage": lambda data: b"\0" + varint(1 << 40) + data}, "beyond its block"),
-])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"compression": 1}, "compressed by snappy"),
+        ({"header": {"shards": 1, "endianness": 1}}, "big-endian"),
+        ({"header": {"shards": 2}}, r"data-00000-of-00002: missing"),
+        ({"header": {"shards": -1}}, "data file 0"),
+        ({"change": lambda name, fields: fields.update(slices=[b""])}, "partitioned"),
+        ({"change": lambda name, fields: fields.update(crc32c=1)}, "checksum"),
+        ({"change": lambda name, fields: fields.update(offset=1 << 62)}, "truncated"),
+        ({"change": lambda name, fields: fields.update(offset=0, size=24, shape=shape((6,)))}, "checksum|truncated"),
+        ({"change": lambda name, fields: fields.update(shape=shape((1 << 30,)), size=1 << 32)}, "truncated"),
+        ({"change": lambda name, fields: fields.update(size=1 << 40)}, "1099511627776 bytes at"),
+        ({"damage": lambda data: data[:-4] + b"\xff" * 4}, "restarts"),
+        ({"damage": lambda data: b"\0" + varint(1 << 40) + data}, "beyond its block"),
+    ],
+)
 def test_a_checkpoint_that_lies_is_refused(tmp_path: Path, how: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
         read_checkpoint(bundle(tmp_path / "m", SMALL, **how))

@@ -1,0 +1,77 @@
+"""The table of networks: sizes to the last parameter, dtypes, bad arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from facenet_jax import models
+from facenet_jax.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "count"),
+    [
+        ("inception_resnet_v1", {"embedding_size": 128}, 22_779_312),
+        ("inception_resnet_v1", {"embedding_size": 512}, 23_467_824),
+        ("inception_resnet_v1", {"embedding_size": 512, "bn_scale": True}, 23_482_624),
+        ("nn4_small2", {}, 3_733_968),
+        ("nn4_small2", {"pooling": "definition"}, 3_733_968),
+    ],
+)
+def test_trainable_values(name, arguments, count):
+    model = models.create(name, **arguments)
+    size = models.network(name).size
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), False))
+    assert models.parameter_count(shapes) == count
+    out = jax.eval_shape(lambda v: model.apply(v, jnp.zeros((2, size, size, 3)), False), shapes)
+    assert out.shape == (2, arguments.get("embedding_size", 128))
+
+
+def test_maps_of_inception_resnet_v1():
+    """Spatial sizes of PAPER.md 2 at 160: 79, 77, 38, 36, 17, 8, 3."""
+    model = models.create("inception_resnet_v1")
+
+    def sizes(x):
+        _, state = model.apply(model.init(jax.random.key(0), x, False), x, False, capture_intermediates=True)
+        return {name: value["__call__"][0] for name, value in state["intermediates"].items() if "__call__" in value}
+
+    shapes = jax.eval_shape(sizes, jnp.zeros((1, 160, 160, 3)))
+    expected = {"Conv2d_1a_3x3": (79, 32), "Conv2d_2a_3x3": (77, 32), "Conv2d_3b_1x1": (38, 80), "Conv2d_4a_3x3": (36, 192), "Conv2d_4b_3x3": (17, 256),
+                "Mixed_6a": (8, 896), "Mixed_7a": (3, 1792)}
+    for name, (side, channels) in expected.items():
+        assert shapes[name].shape == (1, side, side, channels), name
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "nn4_small2"])
+def test_runs_in_bfloat16_with_float32_parameters(name):
+    size = models.network(name).size
+    model = models.create(name, dtype="bfloat16")
+    variables = models.initialise(model, jax.random.key(0), size)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    x = jax.random.uniform(jax.random.key(1), (2, size, size, 3))
+    out = jax.jit(lambda v, a: model.apply(v, a, False))(variables, x)
+    exact = jax.jit(lambda v, a: models.create(name).apply(v, a, False))(variables, x)
+    assert out.dtype == jnp.bfloat16
+    assert np.linalg.norm(np.asarray(out, np.float32) - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_an_embedding_does_not_depend_on_its_company():
+    model = models.create("small_resnet")
+    variables = models.initialise(model, jax.random.key(0), 32)
+    x = jax.random.uniform(jax.random.key(1), (5, 32, 32, 3))
+    together = model.apply(variables, x, False)
+    alone = jnp.concatenate([model.apply(variables, x[i : i + 1], False) for i in range(5)])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_bad_arguments_list_the_good_ones():
+    with pytest.raises(BadInput, match=r"facenet.*inception_resnet_v1, nn4_small2, small_resnet"):
+        models.create("facenet")
+    with pytest.raises(BadInput, match=r"no argument 'embeding_size'.*embedding_size"):
+        models.create("small_resnet", embeding_size=64)
+    with pytest.raises(BadInput, match="float32 or bfloat16"):
+        models.create("small_resnet", dtype="float16")
+    for name, size in (("nn4_small2", 100), ("small_resnet", 50), ("inception_resnet_v1", 64)):
+        with pytest.raises(BadInput, match=f"not {size}"):
+            models.check_size(name, size)
