@@ -1,11 +1,13 @@
 """tf.train.Example without TensorFlow: the message is described here and left to the protobuf package."""
 
+from typing import Any
+
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 _PACKAGE = "facenet_jax.example"
 
 
-def _build() -> type:
+def _build() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="facenet_jax/example.proto", package=_PACKAGE, syntax="proto3")
     field = descriptor_pb2.FieldDescriptorProto
     for name, kind in (("BytesList", field.TYPE_BYTES), ("FloatList", field.TYPE_FLOAT), ("Int64List", field.TYPE_INT64)):

@@ -58,7 +58,7 @@ def read_crops(path: Path, key: str) -> dict[str, tuple[int, int, int, int]]:
             names, boxes = data["names"], data[key]
     except (ValueError, KeyError, OSError) as error:
         raise BadInput(f"{path}: {error}") from None
-    return {str(name): tuple(map(int, box)) for name, box in zip(names, boxes, strict=True)}
+    return {str(name): (int(box[0]), int(box[1]), int(box[2]), int(box[3])) for name, box in zip(names, boxes, strict=True)}
 
 
 def convert(photograph: Photograph, settings: Settings) -> tuple[bytes, str]:

@@ -116,7 +116,7 @@ def write_index(path: Path) -> None:
     save_index(path, offsets, [p["label"] for p in parsed], [p["key"] for p in parsed])
 
 
-def save_index(path: Path, offsets: Sequence[int], labels: Sequence[Any], keys: Sequence[Any]) -> None:
+def save_index(path: Path, offsets: Sequence[int] | np.ndarray, labels: Sequence[Any], keys: Sequence[Any]) -> None:
     """Writes the index beside a shard, aside first."""
     aside = index_path(path).with_suffix(".aside.npz")
     np.savez(aside, offsets=np.asarray(offsets, np.int64), labels=np.asarray(labels, np.int64), keys=np.asarray(keys, np.str_))

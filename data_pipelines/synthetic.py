@@ -406,8 +406,8 @@ def _draw_eye(pen: _Pen, traits: Traits, shot: Shot, side: int) -> None:
     lid = _ellipse(x, y, radius * 1.08, height * 1.08, tilt)
     pen.line(lid[12:], _mix(traits.skin, INK, 0.8), 0.05)
 
-    brow = y - radius * traits.eye_aspect - traits.brow_height - shot.brow_raise
-    brow = brow + side * ACROSS * traits.brow_tilt * radius - traits.brow_arch * (1 - ACROSS**2)
+    brow_height = y - radius * traits.eye_aspect - traits.brow_height - shot.brow_raise
+    brow = brow_height + side * ACROSS * traits.brow_tilt * radius - traits.brow_arch * (1 - ACROSS**2)
     brow_x = x + ACROSS * radius * 1.2
     half = traits.brow_thickness * (1 - 0.4 * ACROSS**2)
     hair = _mix(traits.hair, INK, traits.brow_darkness)

@@ -17,6 +17,7 @@ from experiments import embedding, reporting
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
 from facenet_jax.evaluation import pairs as verification
+from facenet_jax.inference import Embedder
 
 FLAGS = flags.FLAGS
 
@@ -33,7 +34,7 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str
     return found
 
 
-def check_alignment(embedder: embedding.Embedder, source: sources.Source, force: bool) -> None:
+def check_alignment(embedder: Embedder, source: sources.Source, force: bool) -> None:
     """Refuses records aligned in another way than the network's training data, where both say how they were."""
     trained, here = (d.get("alignment", {}).get("method", "") for d in (embedder.weights.provenance, source.metadata))
     known = {name: embedding.alignment_family(name) for name in (trained, here)}
@@ -64,7 +65,7 @@ def main(_: list[str]) -> None:
             raise BadInput("--weights needs --records")
         first, second, present = embedding.rows_of_pairs(pairs, source.keys, FLAGS.allow_missing)
         embedder = embedding.open_embedder(FLAGS.weights)
-        if isinstance(embedder, embedding.Embedder):
+        if isinstance(embedder, Embedder):
             check_alignment(embedder, source, FLAGS.force)
         needed = np.unique(np.concatenate([first[present], second[present]]))
         found = embedding.embed(embedder, source, indices=needed, crop=FLAGS.crop, flip=flip)

@@ -128,8 +128,8 @@ def take_initial(path: Path, config: ConfigDict, state: step.State) -> step.Stat
         raise BadInput(f"init={path} was trained with model.standardisation={weights.preprocessing['standardisation']}")
     params = {**state.params, "network": weights.variables["params"]}
     stats = weights.variables["batch_stats"]
-    return state.replace(
-        params=params, batch_stats=stats, average=None if state.average is None else jax.tree.map(np.copy, (params, stats))
+    return dataclasses.replace(
+        state, params=params, batch_stats=stats, average=None if state.average is None else jax.tree.map(np.copy, (params, stats))
     )
 
 

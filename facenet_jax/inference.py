@@ -36,12 +36,12 @@ def check_variables(weights: Weights) -> None:
 
 
 @lru_cache(16)
-def _forward(network: str, arguments: str, preprocessing: Preprocessing, normalise: bool) -> Callable[[Any, jax.Array], jax.Array]:
+def _forward(network: str, arguments: str, preprocessing: Preprocessing, normalise: bool) -> Callable[[Any, np.ndarray], jax.Array]:
     """(variables, uint8 images) -> embeddings; one for all weights of an architecture, so that none of them compiles it again."""
     model = models.create(network, **json.loads(arguments))
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        prelogits = model.apply(variables, preprocessing(images), train=False).astype(jnp.float32)
+        prelogits = jnp.asarray(model.apply(variables, preprocessing(images), train=False), jnp.float32)
         return l2_normalize(prelogits) if normalise else prelogits
 
     return jax.jit(forward)

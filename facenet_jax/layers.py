@@ -39,14 +39,14 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: in
     )
 
 
-def explicit_padding(size: tuple[int, int], window: tuple[int, int], stride: int, padding: Padding) -> list[tuple[int, int]]:
+def explicit_padding(size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: Padding) -> list[tuple[int, ...]]:
     """(low, high) padding of height and width for "SAME", "VALID" or explicit pairs."""
     if not isinstance(padding, str):
         return [tuple(pair) for pair in padding]
     return [tuple(pair) for pair in lax.padtype_to_pads(size, window, (stride, stride), padding)]
 
 
-def _patches(x: Array, window: tuple[int, int], stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+def _patches(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]) -> Array:
     """[n, h, w, c] -> [n * out_h * out_w, window * c], rows in the order of a reshaped HWIO kernel."""
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     out = [(padded.shape[1 + a] - window[a]) // stride + 1 for a in (0, 1)]

@@ -14,6 +14,13 @@ from facenet_jax import parallel
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Tests that run the same program again take it from the cache, as real runs do."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and golden files; tests that need it are skipped elsewhere."""

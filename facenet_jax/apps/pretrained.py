@@ -54,7 +54,7 @@ def _casia_webface(graph: Path, provenance: dict[str, str]) -> Weights:
     )
 
 
-CASIA_THRESHOLDS = {}
+CASIA_THRESHOLDS: dict[str, dict[str, float]] = {}
 
 PUBLISHED: dict[str, Published] = {
     "casia-webface": Published(

@@ -119,7 +119,12 @@ class InceptionResnetV1(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        norm = {"use_scale": self.bn_scale, "momentum": self.bn_momentum, "epsilon": self.bn_epsilon, "groups": self.bn_groups}
+        norm: dict[str, Any] = {
+            "use_scale": self.bn_scale,
+            "momentum": self.bn_momentum,
+            "epsilon": self.bn_epsilon,
+            "groups": self.bn_groups,
+        }
 
         def conv(x: jax.Array, name: str, features: int, kernel: int, stride: int = 1, padding: str = "SAME") -> jax.Array:
             return _ConvNorm(features, kernel, stride, padding, norm, self.dtype, name=name)(x, train)

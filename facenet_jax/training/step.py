@@ -56,7 +56,7 @@ def initial_state(
     variables = models.initialise(model, network_key, size)
     params = {"network": variables["params"]}
     if objective.softmax:
-        embedding_size: int = model.embedding_size  # type: ignore[attr-defined]
+        embedding_size: int = model.embedding_size
         params["softmax"] = classification.initialise(head_key, embedding_size, objective.softmax)
     batch_stats = variables.get("batch_stats", {})
     # A copy: the step gives the state's buffers away, and one buffer can be given only once.
@@ -70,7 +70,8 @@ def objective_value(
     """The weighted loss of a global batch of prelogits [N, d], and what to watch."""
     mask = jnp.ones(labels.shape, bool)
     embeddings = l2_normalize(prelogits)
-    total, metrics = jnp.float32(0), {}
+    total = jnp.zeros(())
+    metrics: Metrics = {}
     if objective.triplet:
         draw = jax.random.bits(key, (), jnp.uint32)
         loss, found = mined_triplet_loss(embeddings, labels, mask, draw, mesh, objective.triplet)

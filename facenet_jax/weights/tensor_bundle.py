@@ -92,9 +92,10 @@ def _table(path: Path) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _newest(folder: Path, pattern: str) -> Path | None:
-    step = lambda index: (int(re.search(r"-(\d{1,18})\.index$", index.name)[1]), index.name)
-    found = [index for index in folder.glob(pattern) if re.search(r"-\d{1,18}\.index$", index.name)]
-    return max(found, key=step, default=None)
+    """The checkpoint index of the highest step."""
+    steps = ((re.search(r"-(\d{1,18})\.index$", index.name), index) for index in folder.glob(pattern))
+    found = [(int(step[1]), index.name, index) for step, index in steps if step]
+    return max(found)[2] if found else None
 
 
 def _find_index(path: Path) -> Path:

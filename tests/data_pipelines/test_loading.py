@@ -12,7 +12,13 @@ from facenet_jax.errors import BadInput
 
 
 @settings(max_examples=40, deadline=None)
-@given(counts=st.lists(st.integers(1, 9), min_size=2, max_size=12), people=st.integers(2, 5), per_person=st.integers(2, 6), number=st.integers(0, 50), seed=st.integers(0, 99))
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=2, max_size=12),
+    people=st.integers(2, 5),
+    per_person=st.integers(2, 6),
+    number=st.integers(0, 50),
+    seed=st.integers(0, 99),
+)
 def test_people_sampler(counts, people, per_person, number, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     eligible = sum(count >= 2 for count in counts)
@@ -43,7 +49,11 @@ def test_an_epoch_shows_everyone_once():
 
 def test_impossible_batches():
     labels = np.repeat(np.arange(3), 2)
-    for make, words in ((lambda: sampling.PeopleSampler(labels, 4, 2), "only 3 of 3 people"), (lambda: sampling.PeopleSampler(labels, 1, 4), "at least 2"), (lambda: sampling.ShuffledSampler(labels, 7), "7 images out of 6")):
+    for make, words in (
+        (lambda: sampling.PeopleSampler(labels, 4, 2), "only 3 of 3 people"),
+        (lambda: sampling.PeopleSampler(labels, 1, 4), "at least 2"),
+        (lambda: sampling.ShuffledSampler(labels, 7), "7 images out of 6"),
+    ):
         with pytest.raises(BadInput, match=words):
             make()
 
@@ -103,7 +113,17 @@ def test_without_chance_is_the_middle_resized():
 
 @pytest.mark.parametrize("name", ["shift", "zoom", "flip", "rotation", "brightness", "contrast", "grey", "jpeg_quality", "erase"])
 def test_each_transform_changes_pixels_but_keeps_the_face(name):
-    value = {"shift": 2, "zoom": 0.1, "flip": True, "rotation": 10.0, "brightness": 0.2, "contrast": 0.3, "grey": 1.0, "jpeg_quality": 20, "erase": 1.0}[name]
+    value = {
+        "shift": 2,
+        "zoom": 0.1,
+        "flip": True,
+        "rotation": 10.0,
+        "brightness": 0.2,
+        "contrast": 0.3,
+        "grey": 1.0,
+        "jpeg_quality": 20,
+        "erase": 1.0,
+    }[name]
     ramp = np.linspace(20, 230, 40)
     pixels = np.stack([np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 0 * ramp), np.add.outer(0 * ramp, ramp)], -1).astype(np.uint8)
     plain = apply(pixels, Transforms(24), np.random.default_rng(0)).astype(float)

@@ -67,12 +67,21 @@ def test_every_kind_of_file(tmp_path):
     animated = io.BytesIO()
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
     good = {
-        "grey.jpg": picture(mode="L"), "cmyk.jpg": picture(mode="CMYK"), "alpha.png": picture(mode="RGBA", form="PNG"), "palette.png": picture(mode="P", form="PNG"),
-        "sixteen.png": sixteen.getvalue(), "turned.jpg": turned.getvalue(), "animated.gif": animated.getvalue(), "kept.webp": picture(form="WEBP"),
+        "grey.jpg": picture(mode="L"),
+        "cmyk.jpg": picture(mode="CMYK"),
+        "alpha.png": picture(mode="RGBA", form="PNG"),
+        "palette.png": picture(mode="P", form="PNG"),
+        "sixteen.png": sixteen.getvalue(),
+        "turned.jpg": turned.getvalue(),
+        "animated.gif": animated.getvalue(),
+        "kept.webp": picture(form="WEBP"),
     }
     bad = {
-        "empty.jpg": (b"", "empty"), "text.jpg": (b"hello", "not an image"), "cut.jpg": (picture()[:300], "damaged"),
-        "cut_png.png": (picture(form="PNG")[:200], "damaged"), "tiny.png": (picture(size=(3, 3), form="PNG"), "too few"),
+        "empty.jpg": (b"", "empty"),
+        "text.jpg": (b"hello", "not an image"),
+        "cut.jpg": (picture()[:300], "damaged"),
+        "cut_png.png": (picture(form="PNG")[:200], "damaged"),
+        "tiny.png": (picture(size=(3, 3), form="PNG"), "too few"),
     }
     for name, data in [*good.items(), *((n, d) for n, (d, _) in bad.items())]:
         (root / "ada" / name).write_bytes(data)
@@ -121,7 +130,14 @@ def test_layouts_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     (tmp_path / "no_column.csv").write_text("file,person\na,b\n")
     (tmp_path / "gap.csv").write_text("image,identity\na.jpg,\n")
-    for name, words in (("empty", "no images in folders"), ("none", "no such file"), ("bad.zip", "not a zip"), ("bad.tar", "bad.tar"), ("no_column.csv", "no column 'image'"), ("gap.csv", "line 2")):
+    for name, words in (
+        ("empty", "no images in folders"),
+        ("none", "no such file"),
+        ("bad.zip", "not a zip"),
+        ("bad.tar", "bad.tar"),
+        ("no_column.csv", "no column 'image'"),
+        ("gap.csv", "line 2"),
+    ):
         with pytest.raises(BadInput, match=words):
             prepare.photographs(tmp_path / name)
     root = people(tmp_path / "twice", (("ada", 1),))
@@ -133,8 +149,14 @@ def test_layouts_that_cannot_be_read(tmp_path):
 def test_command_line(tmp_path):
     people(tmp_path / "faces")
     command = [sys.executable, "-m", "data_pipelines.prepare"]
-    done = subprocess.run([*command, f"--input={tmp_path / 'faces'}", f"--output={tmp_path / 'out'}", "--size=16"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, f"--input={tmp_path / 'faces'}", f"--output={tmp_path / 'out'}", "--size=16"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["train"]["images"] == 6
-    for arguments, words in (([f"--input={tmp_path / 'none'}", "--output=x"], "no such file"), (["--size=4"], "--input and --output"), (["--sise=4"], "sise")):
+    for arguments, words in (
+        ([f"--input={tmp_path / 'none'}", "--output=x"], "no such file"),
+        (["--size=4"], "--input and --output"),
+        (["--sise=4"], "sise"),
+    ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -32,15 +32,24 @@ def tiny_network(monkeypatch):
         depths: tuple[int, ...] = (1, 1, 1)
 
     monkeypatch.setitem(models.NETWORKS, "small_resnet", models.Network(Tiny, 64, 32, 16, "fixed"))
+    use_devices(monkeypatch, 1)
+
+
+def use_devices(monkeypatch, count):
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None: parallel.Mesh(np.asarray(jax.devices()[:count]), ("data",)))
 
 
 def lines(workdir, kind="train"):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait", "elapsed_s")} for line in found if line["kind"] == kind]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_s", "data_wait", "elapsed_s")} for line in found if line["kind"] == kind
+    ]
 
 
 def equal(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(load_weights(a).variables), jax.tree.leaves(load_weights(b).variables), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(load_weights(a).variables), jax.tree.leaves(load_weights(b).variables), strict=True
+    ):
         np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
@@ -83,7 +92,7 @@ def test_devices_do_not_change_the_run(config, tmp_path, monkeypatch):
     losses = []
     for count in (1, 8):
         with monkeypatch.context() as patched:
-            patched.setattr(parallel, "make_mesh", lambda devices=None, n=count: parallel.Mesh(np.asarray(jax.devices()[:n]), ("data",)))
+            use_devices(patched, count)
             train.run(config, tmp_path / str(count), tmp_path)
         losses.append([line["loss"] for line in lines(tmp_path / str(count))])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
@@ -96,7 +105,7 @@ def test_restored_on_another_number_of_devices(config, tmp_path, monkeypatch):
         workdir = tmp_path / f"{first}to{second}"
         for count, stop in ((first, 3), (second, None)):
             with monkeypatch.context() as patched:
-                patched.setattr(parallel, "make_mesh", lambda devices=None, n=count: parallel.Mesh(np.asarray(jax.devices()[:n]), ("data",)))
+                use_devices(patched, count)
                 if stop:
                     StopAt.left = 2 * (stop - 1)
                     patched.setattr(loop, "Stop", StopAt)
@@ -138,7 +147,8 @@ def test_another_config_is_refused(config, tmp_path):
         ("triplet.weight", -1.0, None),
     ],
 )
-def test_impossible_settings(config, tmp_path, key, value, words):
+def test_impossible_settings(config, tmp_path, monkeypatch, key, value, words):
+    use_devices(monkeypatch, 8)
     config.update_from_flattened_dict({key: value})
     if words is None:
         config.softmax.weight, words = 0.0, "nothing to train"
@@ -174,8 +184,19 @@ def test_starts_from_weights(config, tmp_path):
 
 
 def command(people, workdir, *more):
-    settings = {"data.records": people, "steps": 40, "model.size": 32, "model.embedding_size": 16, "batch.people": 8, "batch.images_per_person": 2,
-                "data.synthetic_people": 0, "checkpoint_every": 0, "log_every": 1, "evaluate_every": 0, "data.workers": 1}
+    settings = {
+        "data.records": people,
+        "steps": 40,
+        "model.size": 32,
+        "model.embedding_size": 16,
+        "batch.people": 8,
+        "batch.images_per_person": 2,
+        "data.synthetic_people": 0,
+        "checkpoint_every": 0,
+        "log_every": 1,
+        "evaluate_every": 0,
+        "data.workers": 1,
+    }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *flags, *more]
 
@@ -197,9 +218,17 @@ def test_sigterm_saves_and_the_same_command_goes_on(people, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--config.triplet.marign=0.3"], "marign"), (["--workdri=x"], "workdri"), (["--config=none.py"], "none.py"), (["--config.data.records=nowhere"], "nowhere"), (["extra"], "extra")],
+    [
+        (["--config.triplet.marign=0.3"], "marign"),
+        (["--workdri=x"], "workdri"),
+        (["--config=none.py"], "none.py"),
+        (["--config.data.records=nowhere"], "nowhere"),
+        (["extra"], "extra"),
+    ],
 )
 def test_mistyped_command_lines(people, tmp_path, arguments, words):
-    done = subprocess.run(command(people, tmp_path / "run", *arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(
+        command(people, tmp_path / "run", *arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
+    )
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

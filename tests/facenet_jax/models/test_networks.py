@@ -37,8 +37,15 @@ def test_maps_of_inception_resnet_v1():
         return {name: value["__call__"][0] for name, value in state["intermediates"].items() if "__call__" in value}
 
     shapes = jax.eval_shape(sizes, jnp.zeros((1, 160, 160, 3)))
-    expected = {"Conv2d_1a_3x3": (79, 32), "Conv2d_2a_3x3": (77, 32), "Conv2d_3b_1x1": (38, 80), "Conv2d_4a_3x3": (36, 192), "Conv2d_4b_3x3": (17, 256),
-                "Mixed_6a": (8, 896), "Mixed_7a": (3, 1792)}
+    expected = {
+        "Conv2d_1a_3x3": (79, 32),
+        "Conv2d_2a_3x3": (77, 32),
+        "Conv2d_3b_1x1": (38, 80),
+        "Conv2d_4a_3x3": (36, 192),
+        "Conv2d_4b_3x3": (17, 256),
+        "Mixed_6a": (8, 896),
+        "Mixed_7a": (3, 1792),
+    }
     for name, (side, channels) in expected.items():
         assert shapes[name].shape == (1, side, side, channels), name
 
