@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 
 from data_pipelines import example
 from facenet_jax.errors import BadInput
+from facenet_jax.wire import masked_crc32c
 
 VERSION = "1.0.0"
 _LENGTH = struct.Struct("<Q")
@@ -30,16 +30,10 @@ _CRC = struct.Struct("<I")
 _HEADER = _LENGTH.size + _CRC.size
 
 
-def masked_crc(data: bytes) -> int:
-    """TFRecord's CRC-32C, rotated and offset so that a CRC of data that holds CRCs stays sound."""
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
 def frame(data: bytes) -> bytes:
     """A TFRecord: length, its CRC, data, its CRC."""
     length = _LENGTH.pack(len(data))
-    return length + _CRC.pack(masked_crc(length)) + data + _CRC.pack(masked_crc(data))
+    return length + _CRC.pack(masked_crc32c(length)) + data + _CRC.pack(masked_crc32c(data))
 
 
 def unframe(framed: bytes, where: str) -> bytes:
@@ -47,8 +41,8 @@ def unframe(framed: bytes, where: str) -> bytes:
     if len(framed) >= _HEADER + _CRC.size:
         length = framed[: _LENGTH.size]
         data = framed[_HEADER : -_CRC.size]
-        sound = _LENGTH.unpack(length)[0] == len(data) and _CRC.unpack(framed[_LENGTH.size : _HEADER])[0] == masked_crc(length)
-        if sound and _CRC.unpack(framed[-_CRC.size :])[0] == masked_crc(data):
+        sound = _LENGTH.unpack(length)[0] == len(data) and _CRC.unpack(framed[_LENGTH.size : _HEADER])[0] == masked_crc32c(length)
+        if sound and _CRC.unpack(framed[-_CRC.size :])[0] == masked_crc32c(data):
             return data
     raise BadInput(f"{where} is damaged (its length or CRC does not match): prepare these records again")
 
@@ -60,7 +54,7 @@ def scan(path: Path) -> np.ndarray:
         while offsets[-1] < end:
             head = file.read(_HEADER)
             where = f"{path}: record {len(offsets) - 1}"
-            if len(head) < _HEADER or _CRC.unpack(head[_LENGTH.size :])[0] != masked_crc(head[: _LENGTH.size]):
+            if len(head) < _HEADER or _CRC.unpack(head[_LENGTH.size :])[0] != masked_crc32c(head[: _LENGTH.size]):
                 raise BadInput(f"{where} is damaged (its length or CRC does not match): prepare these records again")
             offsets.append(offsets[-1] + _HEADER + _LENGTH.unpack(head[: _LENGTH.size])[0] + _CRC.size)
             if offsets[-1] > end:

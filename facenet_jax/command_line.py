@@ -22,7 +22,8 @@ def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
     def parse(arguments: list[str]) -> list[str]:
         try:
             left = flags.FLAGS(arguments)
-        except flags.Error as error:
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            # The others are what a config file or an unknown --config.key raises while flags are read.
             print(f"error: {' '.join(str(error).split())}; --help lists the flags", file=sys.stderr)
             sys.exit(2)
         if len(left) > 1 and not positional:

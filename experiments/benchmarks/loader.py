@@ -31,7 +31,7 @@ def steady_rate(source: sources.Source, sampler: sampling.ShuffledSampler, setti
     return sampler.rows * count / timing.seconds(lambda: [None for _ in batches])
 
 
-def main(_: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Command line."""
     if not FLAGS.records:
         raise BadInput("--records is needed")

@@ -9,13 +9,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from facenet_jax.errors import BadInput
+from facenet_jax.wire import messages
 
-# Field number, name, type; * is repeated. Enumerations are int32 on the wire, and a map is a repeated (key, value). Nodes are
-# left as bytes so that one at a time is decoded.
+# Nodes are left as bytes so that one at a time is decoded.
 _SCHEMA = {
     "Graph": "1 node *bytes",
     "Node": "1 name string, 2 op string, 5 attr *Attribute",
@@ -30,25 +29,7 @@ _SCHEMA = {
 }
 
 
-def _messages(schema: dict[str, str]) -> dict[str, Any]:
-    package = "facenet_jax.tensorflow"
-    file = descriptor_pb2.FileDescriptorProto(name="facenet_jax/tensorflow.proto", package=package, syntax="proto3")
-    for message, fields in schema.items():
-        descriptor = file.message_type.add(name=message)
-        for number, name, kind in (field.split() for field in fields.split(", ")):
-            field = descriptor.field.add(name=name, number=int(number))
-            field.label = field.LABEL_REPEATED if kind.startswith("*") else field.LABEL_OPTIONAL
-            kind = kind.removeprefix("*")
-            if kind in schema:
-                field.type, field.type_name = field.TYPE_MESSAGE, f".{package}.{kind}"
-            else:
-                field.type = field.Type.Value(f"TYPE_{kind.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(file.SerializeToString())
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}")) for name in schema}
-
-
-MESSAGES = _messages(_SCHEMA)
+MESSAGES = messages("facenet_jax.tensorflow", _SCHEMA)
 
 # TensorFlow's DataType -> (the stored type, the field of Tensor that lists single values). Absent: strings, complex, quantised.
 DTYPES: dict[int, tuple[np.dtype, str]] = {

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from facenet_jax.errors import BadInput
 from facenet_jax.weights.graph_def import DTYPES, decode, shape_of
+from facenet_jax.wire import masked_crc32c
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 _FOOTER = 48
@@ -23,12 +23,6 @@ _TRAILER = 5
 _COMPRESSIONS = {1: "snappy", 2: "zstd"}
 # Prefix compression lets four bytes stand for a key of any length.
 _LONGEST_NAME = 1000
-
-
-def masked_crc32c(data: bytes) -> int:
-    """LevelDB's checksum: CRC32C, rotated right by 15 bits, plus a constant."""
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:

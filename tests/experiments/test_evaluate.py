@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(module, *arguments):
-    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +61,19 @@ def test_weights_and_their_embeddings_agree(weights, lfw_like, tmp_path):
     common = [f"--pairs={lfw_like / 'pairs.txt'}", f"--records={lfw_like / 'records'}"]
     done = call("experiments.evaluate", f"--weights={weights}", *common, f"--output={tmp_path / 'a'}", "--flip")
     assert done.returncode == 0, done.stderr
-    done = call("experiments.embed", f"--weights={weights}", f"--records={lfw_like / 'records'}", "--flip", f"--output={tmp_path / 'e.npz'}")
+    done = call(
+        "experiments.embed", f"--weights={weights}", f"--records={lfw_like / 'records'}", "--flip", f"--output={tmp_path / 'e.npz'}"
+    )
     assert done.returncode == 0, done.stderr
-    done = call("experiments.evaluate", f"--embeddings={tmp_path / 'e.npz'}", f"--pairs={lfw_like / 'pairs.txt'}", f"--output={tmp_path / 'b'}")
+    done = call(
+        "experiments.evaluate", f"--embeddings={tmp_path / 'e.npz'}", f"--pairs={lfw_like / 'pairs.txt'}", f"--output={tmp_path / 'b'}"
+    )
     assert done.returncode == 0 and "accuracy" in done.stdout, done.stderr
     a, b = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
-    assert a["fold_accuracies"] == b["fold_accuracies"] and a["weights_fingerprint"] == b["weights_fingerprint"] == load_weights(weights).fingerprint
+    assert (
+        a["fold_accuracies"] == b["fold_accuracies"]
+        and a["weights_fingerprint"] == b["weights_fingerprint"] == load_weights(weights).fingerprint
+    )
     assert a["flip"] and len(a["records_hash"]) == 64 and a["pairs"] == 40
     assert (tmp_path / "a" / "report.html").stat().st_size > 10_000
     source = open_source(str(lfw_like / "records"), "test")
@@ -88,20 +98,20 @@ def test_bad_input_is_one_line(weights, lfw_like, tmp_path):
     ):
         done = call("experiments.evaluate", *arguments, f"--output={tmp_path / 'out'}")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    done = call("experiments.evaluate", "--weights=pixels", records_flag, f"--pairs={more}", "--allow_missing", f"--output={tmp_path / 'out'}")
+    done = call(
+        "experiments.evaluate", "--weights=pixels", records_flag, f"--pairs={more}", "--allow_missing", f"--output={tmp_path / 'out'}"
+    )
     assert done.returncode == 0 and "1 pairs missing and counted as wrong" in done.stdout, done.stderr
 
 
 def test_another_alignment_is_refused(weights):
     from experiments import evaluate
 
-    class Records:
-        metadata = {"alignment": {"method": "mtcnn margin 32 at 160"}}
-
+    records_of_photographs = SimpleNamespace(metadata={"alignment": {"method": "mtcnn margin 32 at 160"}})
     embedder = Embedder(load_weights(weights))
     with pytest.raises(BadInput, match="'drawn', these records by 'mtcnn"):
-        evaluate.check_alignment(embedder, Records(), force=False)
-    evaluate.check_alignment(embedder, Records(), force=True)
+        evaluate.check_alignment(embedder, records_of_photographs, force=False)
+    evaluate.check_alignment(embedder, records_of_photographs, force=True)
 
 
 def test_pixels_know_little(people):

@@ -183,28 +183,45 @@ def test_starts_from_weights(config, tmp_path):
         train.run(config, tmp_path / "third", tmp_path)
 
 
-def command(people, workdir, *more):
-    settings = {
-        "data.records": people,
-        "steps": 40,
-        "model.size": 32,
-        "model.embedding_size": 16,
-        "batch.people": 8,
-        "batch.images_per_person": 2,
-        "data.synthetic_people": 0,
-        "checkpoint_every": 0,
-        "log_every": 1,
-        "evaluate_every": 0,
-        "data.workers": 1,
-    }
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *flags, *more]
+TINY = """
+from experiments.configs import base
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(people, tmp_path):
+def get_config(arg=""):
+    config = base.get_config(arg)
+    config.steps = 40
+    config.model.update(size=32, embedding_size=16, stem=4, widths=(4, 8, 8), depths=(1, 1, 1))
+    config.batch.update(people=8, images_per_person=2)
+    config.log_every = 1
+    config.checkpoint_every = 0
+    return config
+"""
+
+
+@pytest.fixture
+def command(people, tmp_path):
+    """A command line of a run on drawn people: command(workdir, more flags...)."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+
+    def make(workdir, *more):
+        return [
+            sys.executable,
+            "-m",
+            "experiments.train",
+            f"--config={path}",
+            f"--workdir={workdir}",
+            f"--config.data.records={people}",
+            *more,
+        ]
+
+    return make
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(command, tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    subprocess.run(command(people, tmp_path / "whole"), check=True, cwd=ROOT, env=environment, capture_output=True)
-    process = subprocess.Popen(command(people, tmp_path / "parts"), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT, env=environment, capture_output=True)
+    process = subprocess.Popen(command(tmp_path / "parts"), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "parts" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.02)
@@ -212,7 +229,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(people, tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0 and "the same command goes on from here" in said
     assert not (tmp_path / "parts" / "weights.safetensors").exists()
-    subprocess.run(command(people, tmp_path / "parts"), check=True, cwd=ROOT, env=environment, capture_output=True)
+    subprocess.run(command(tmp_path / "parts"), check=True, cwd=ROOT, env=environment, capture_output=True)
     equal(tmp_path / "whole" / "weights.safetensors", tmp_path / "parts" / "weights.safetensors")
 
 
@@ -221,14 +238,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(people, tmp_path):
     [
         (["--config.triplet.marign=0.3"], "marign"),
         (["--workdri=x"], "workdri"),
-        (["--config=none.py"], "none.py"),
+        (["--config.init=none.safetensors"], "none.safetensors"),
         (["--config.data.records=nowhere"], "nowhere"),
         (["extra"], "extra"),
     ],
 )
-def test_mistyped_command_lines(people, tmp_path, arguments, words):
+def test_mistyped_command_lines(command, tmp_path, arguments, words):
     done = subprocess.run(
-        command(people, tmp_path / "run", *arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
+        command(tmp_path / "run", *arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
     )
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -19,7 +19,9 @@ ARGUMENTS = {"embedding_size": 8, "stem": 4, "widths": [4, 8], "depths": [1, 1]}
 @pytest.fixture(scope="module")
 def weights():
     variables = jax.tree.map(np.asarray, models.initialise(models.create("small_resnet", **ARGUMENTS), jax.random.key(0), 32))
-    return Weights(variables, "small_resnet", ARGUMENTS, {"size": 32, "standardisation": "fixed"}, 8, thresholds={"squared": {"far_0.001": 1.1}})
+    return Weights(
+        variables, "small_resnet", ARGUMENTS, {"size": 32, "standardisation": "fixed"}, 8, thresholds={"squared": {"far_0.001": 1.1}}
+    )
 
 
 def test_round_trip(weights, tmp_path):
