@@ -143,7 +143,7 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
     source = sources.open_source(records, config.data.split)
     sampler = make_sampler(config, source.labels)
     mesh = parallel.make_mesh()
-    parallel.check_divides(mesh, sampler.rows)
+    parallel.check_divides(mesh, sampler.rows, config.batch.microbatches)
     objective = make_objective(config, int(source.labels.max()) + 1)
     transforms = Transforms(config.model.size, **config.transforms)
     optimizer_settings = optimizers.Optimizer(**{key: config.optimizer[key] for key in ("name", "weight_decay", "clip", "moving_average")})
@@ -192,6 +192,7 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
         schedule,
         mesh,
         config.seed,
+        config.batch.microbatches,
     )
     batches = loader.batches(
         source,

@@ -43,10 +43,11 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
-def check_divides(mesh: Mesh, batch: int) -> None:
-    """Raises where a global batch cannot be cut evenly."""
-    if batch % mesh.size:
-        raise BadInput(f"a batch of {batch} images does not divide over {mesh.size} devices: change people x images_per_person")
+def check_divides(mesh: Mesh, batch: int, pieces: int = 1) -> None:
+    """Raises where a global batch cannot be cut evenly over the devices, each device's rows into `pieces` micro-batches."""
+    if pieces < 1 or batch % (mesh.size * pieces):
+        micro = f" in {pieces} micro-batches" if pieces != 1 else ""
+        raise BadInput(f"a batch of {batch} images does not divide over {mesh.size} devices{micro}: change people x images_per_person")
 
 
 def to_global(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

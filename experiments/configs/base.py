@@ -27,7 +27,12 @@ def get_config(arg: str = "") -> ConfigDict:
                 "workers": 1,  # processes that decode; 0 uses a thread
                 "sampler": "people",  # people: P x K; shuffle: every image once an epoch
             },
-            "batch": {"people": 30, "images_per_person": 4, "minimum_images": 2},
+            "batch": {
+                "people": 30,
+                "images_per_person": 4,
+                "minimum_images": 2,
+                "microbatches": 1,  # above 1: embed the batch in so many pieces, mine it whole; memory of a piece, BatchNorm by piece
+            },
             "transforms": {
                 "crop": 0,
                 "shift": 0,

@@ -86,6 +86,37 @@ def objective_value(
     return total, metrics
 
 
+def cached_gradient(
+    forward: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    value_of: Callable[[Any, jax.Array], tuple[jax.Array, Metrics]],
+    params: Any,
+    images: jax.Array,
+    key: jax.Array,
+    pieces: int,
+) -> tuple[jax.Array, Metrics, Any, Any]:
+    """Loss and gradient of a batch whose activations do not fit: (loss, metrics, gradients by params, batch statistics).
+
+    Embeds `pieces` micro-batches keeping no activations, takes the loss once over all rows and its gradient by the prelogits, then embeds each
+    micro-batch again and pulls its rows' gradient back. Micro-batch i is rows i, i + pieces, ...: a share of every device's rows, whatever the
+    mesh. Both passes use the same key for a micro-batch. BatchNorm normalises each by its own statistics; the running ones average over them.
+
+    forward(params, images [n, s, s, 3], key) gives (prelogits [n, d], batch statistics); value_of(params, prelogits [N, d]) the loss and metrics.
+    """
+    split = lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+    merge = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+    parts, keys = split(images), jax.random.split(key, pieces)
+    prelogits, statistics = jax.lax.map(lambda part: forward(params, *part), (parts, keys))
+    (value, metrics), (direct, by_prelogits) = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)(params, merge(prelogits))
+
+    def pull_back(total: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, None]:
+        rows, row_key, cotangent = part
+        _, pull = jax.vjp(lambda p: forward(p, rows, row_key)[0], params)
+        return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
+
+    gradients, _ = jax.lax.scan(pull_back, direct, (parts, keys, split(by_prelogits)))
+    return value, metrics, gradients, jax.tree.map(lambda a: a.mean(0), statistics)
+
+
 def make_train_step(
     model: nn.Module,
     preprocessing: Preprocessing,
@@ -95,23 +126,35 @@ def make_train_step(
     schedule: Callable[[Any], jax.Array],
     mesh: Mesh,
     seed: int,
+    microbatches: int = 1,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); batch: image [N, s, s, 3] uint8, label [N] int32, cut over the mesh.
 
-    The state is donated. Randomness follows from (seed, step).
+    The state is donated. Randomness follows from (seed, step). With more than one micro-batch, see `cached_gradient`.
     """
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         dropout_key, mining_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 
-        def loss(params: Any) -> tuple[jax.Array, Any]:
+        def forward(params: Any, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
             variables = {"params": params["network"], "batch_stats": state.batch_stats}
-            images = preprocessing(batch["image"])
-            prelogits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
-            value, metrics = objective_value(objective, params, prelogits, batch["label"], mining_key, mesh)
-            return value, (metrics, updated.get("batch_stats", state.batch_stats))
+            prelogits, updated = model.apply(variables, preprocessing(images), train=True, mutable=["batch_stats"], rngs={"dropout": key})
+            return jnp.asarray(prelogits, jnp.float32), updated.get("batch_stats", state.batch_stats)
 
-        (value, (metrics, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        def value_of(params: Any, prelogits: jax.Array) -> tuple[jax.Array, Metrics]:
+            return objective_value(objective, params, prelogits, batch["label"], mining_key, mesh)
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            prelogits, batch_stats = forward(params, batch["image"], dropout_key)
+            value, metrics = value_of(params, prelogits)
+            return value, (metrics, batch_stats)
+
+        if microbatches == 1:
+            (value, (metrics, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        else:
+            value, metrics, gradients, batch_stats = cached_gradient(
+                forward, value_of, state.params, batch["image"], dropout_key, microbatches
+            )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average

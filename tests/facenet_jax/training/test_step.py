@@ -1,0 +1,75 @@
+"""The training step: gradient caching against the gradient in one piece."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from facenet_jax import models, parallel
+from facenet_jax.losses.classification import Softmax
+from facenet_jax.losses.triplet import Triplet
+from facenet_jax.preprocessing import Preprocessing
+from facenet_jax.training import optimizers, schedules, step
+
+
+def run(mesh, microbatches, bn_groups, rows, images, labels, dropout=0.0):
+    """One step on the rows in this order; SGD at rate 1, so that the change of the parameters is the gradient."""
+    model = models.create("small_resnet", embedding_size=8, stem=4, widths=(4, 8), depths=(1, 1), bn_groups=bn_groups, dropout=dropout)
+    settings = optimizers.Optimizer("momentum")
+    schedule = schedules.create("constant", 1.0, 1)
+    optimizer = optimizers.create(settings, schedule)
+    objective = step.Objective(Triplet("batch_all", 0.5, 5, 4), Softmax(6, 8.0, 0.1))
+    state = jax.device_put(step.initial_state(model, objective, optimizer, settings, 32, 0), parallel.replicated(mesh))
+    # The step gives its state away, and on CPU a NumPy view of it would go with it.
+    before = jax.tree.map(np.array, state.params)
+    function = step.make_train_step(model, Preprocessing(32), objective, optimizer, settings, schedule, mesh, 0, microbatches)
+    state, metrics = function(state, parallel.to_global(mesh, {"image": images[rows], "label": labels[rows]}))
+    return (
+        jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before),
+        jax.tree.map(np.asarray, state.batch_stats),
+        float(metrics["loss"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def batch():
+    images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+    return images, np.tile(np.arange(6), 4).astype(np.int32)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_cached_gradient_equals_one_piece(batch, devices):
+    """With BatchNorm groups that are the micro-batches, one piece normalises by the same statistics."""
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    pieces = 3
+    # Micro-batch i is rows i, i + 3, ...; as groups they must be runs of rows.
+    rows = np.arange(24)
+    runs = np.concatenate([rows[i::pieces] for i in range(pieces)])
+    gradients, statistics, loss = run(mesh, pieces, 1, rows, *batch)
+    expected, expected_statistics, expected_loss = run(parallel.make_mesh(jax.devices()[:1]), 1, pieces, runs, *batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), statistics, expected_statistics)
+
+
+def test_both_passes_drop_the_same_values(batch):
+    """The loss is a function of the parameters: its cached gradient must be the slope along itself, dropout and all (a mean would jump with the number of triplets)."""
+    mesh = parallel.make_mesh(jax.devices()[:1])
+
+    def forward(params, images, key):
+        x = images.reshape(len(images), -1).astype(jnp.float32) / 255
+        hidden = jnp.tanh(x[:, :64] @ params) * jax.random.bernoulli(key, 0.5, (len(images), 8))
+        return hidden, {}
+
+    images, labels = batch
+    value_of = lambda params, prelogits: step.objective_value(
+        step.Objective(Triplet("batch_all", 0.5, 8, 4, "sum")), {}, prelogits, jnp.asarray(labels), jax.random.key(1), mesh
+    )
+    params = jax.random.normal(jax.random.key(2), (64, 8))
+    cached = jax.jit(lambda p: step.cached_gradient(forward, value_of, p, jnp.asarray(images), jax.random.key(3), 4)[::2])
+    value, gradient = cached(params)
+    slope = jnp.vdot(gradient, gradient)
+    small = 1e-2 / float(jnp.sqrt(slope))
+    change = (cached(params + small * gradient)[0] - cached(params - small * gradient)[0]) / (2 * small)
+    assert float(value) > 0 and float(change) == pytest.approx(float(slope), rel=0.02)
