@@ -71,10 +71,10 @@ def batches(
     workers: int = 0,
     host: int = 0,
     hosts: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
     """Batches start..stop-1 of this host: image [rows / hosts, size, size, 3] uint8, label and record index [rows / hosts] int32.
 
-    `workers` processes make them ahead of time; 0 uses one thread of this process.
+    `workers` processes make them ahead of time; 0 uses one thread of this process. `close()` ends them.
     """
     if sampler.rows % hosts:
         raise BadInput(f"a batch of {sampler.rows} images does not divide over {hosts} hosts")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def converted(found: list[Photograph], settings: Settings, processes: int) -> It
     if processes <= 1:
         yield from map(work, found)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    # Fresh processes: one that forks after JAX has started its threads may hang.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         # Futures in windows: submitting everything at once would hold every result in memory.
         window = 64 * processes
         for start in range(0, len(found), window):

@@ -4,6 +4,7 @@ Without flags: draws people that do not exist, trains on them with triplets, ver
 on where it stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -208,8 +209,8 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
     if position == 0:
         before = evaluate(state)
         print(f"untrained: accuracy {before['accuracy']:.4f}", flush=True)
-    state, finished = loop.fit(state, train_step, batches, mesh, plan, workdir, checkpoints, evaluate)
-    checkpoints.close()
+    with contextlib.closing(batches), contextlib.closing(checkpoints):
+        state, finished = loop.fit(state, train_step, batches, mesh, plan, workdir, checkpoints, evaluate)
     if not finished or not parallel.is_first_process():
         return None
     return publish(config, workdir, state, source, evaluate, time.perf_counter() - started)
