@@ -28,7 +28,10 @@ def ensure(directory: Path, people: int, size: int, processes: int = 2) -> None:
         return
     total = people + VALIDATION_PEOPLE
     places = [(person, image) for person in range(total) for image in range(IMAGES)]
-    with records.Writer(directory, "synthetic", {"train": 2, "validation": 1}) as writer, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with (
+        records.Writer(directory, "synthetic", {"train": 2, "validation": 1}) as writer,
+        ProcessPoolExecutor(processes, get_context("spawn")) as pool,
+    ):
         drawn = pool.map(partial(_draw, size=size), places, chunksize=64)
         for (person, image), data in zip(
             places, tqdm(drawn, total=len(places), unit="image", desc="draw people", mininterval=2), strict=True

@@ -91,7 +91,7 @@ def main(_: list[str]) -> None:
         "weights_fingerprint": fingerprint,
         "records_hash": records_hash,
         "seconds": seconds,
-        "command": " ".join(["python -m experiments.evaluate", *sys.argv[1:]]),
+        "command": command_line.command(),
     }
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """From an evaluation to report.html: finds the worst pairs' pictures and the people for the map."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from data_pipelines import loader
 from data_pipelines.sources import Source
+from facenet_jax import command_line
 from facenet_jax.evaluation.pairs import Pairs, Verification, tested_distances
 from facenet_jax.report import page
 
@@ -61,7 +61,7 @@ def write(
     rows = np.unique(np.concatenate([first[present], second[present]]))
     names = identities if source is None else source.identities[source.labels]
     people = np.asarray([], np.str_) if names is None else names[rows]
-    shown = {name: str(value) for name, value in (details or {}).items() if name in _SHOWN}
+    shown = {name: f"{value:.0f}" if isinstance(value, float) else str(value) for name, value in (details or {}).items() if name in _SHOWN}
     page.write(
         path,
         page.Report(
@@ -73,7 +73,7 @@ def write(
             read_metrics(metrics),
             embeddings[rows] if len(people) else embeddings[:0],
             people,
-            " ".join(sys.argv),
+            command_line.command(),
             shown,
         ),
     )

@@ -208,7 +208,7 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
     )
     if position == 0:
         before = evaluate(state)
-        print(f"untrained: accuracy {before['accuracy']:.4f}", flush=True)
+        print(f"before training: accuracy {before['accuracy']:.4f}", flush=True)
     with contextlib.closing(batches), contextlib.closing(checkpoints):
         state, finished = loop.fit(state, train_step, batches, mesh, plan, workdir, checkpoints, evaluate)
     if not finished or not parallel.is_first_process():
@@ -287,6 +287,7 @@ def publish(
         "weights_fingerprint": fingerprint,
         "records_hash": evaluate.source.metadata.get("content_sha256", ""),
         "seconds": seconds,
+        "command": command_line.command(),
     }
     command_line.write_json(workdir / "evaluation.json", result)
     reporting.write(

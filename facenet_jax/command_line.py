@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,12 @@ def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def command() -> str:
+    """This process's own command, to be typed again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
 
 
 def use_compilation_cache() -> None:

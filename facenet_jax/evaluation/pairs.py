@@ -63,24 +63,24 @@ def read_pairs(path: Path) -> Pairs:
 
 
 def draw_pairs(keys: np.ndarray, labels: np.ndarray, folds: int = 10, per_fold: int = 300, seed: int = 0) -> Pairs:
-    """Pairs of an own set of people by LFW's rule: people are cut into folds, each with `per_fold` same and as many different pairs."""
+    """Pairs of an own set of people by LFW's rule: people are cut into folds, each with `per_fold` same and as many different pairs.
+
+    No pair comes twice, unless a fold has fewer than it needs.
+    """
     rng = np.random.default_rng(seed)
-    first, second, same = [], [], []
+    chosen, same = [], []
     people = rng.permutation(np.unique(labels))
     for fold in np.array_split(people, folds):
-        members = {person: np.flatnonzero(labels == person) for person in fold}
-        several = [person for person in fold if len(members[person]) > 1]
-        if not several or len(fold) < 2:
-            raise BadInput(f"{len(people)} people are too few for {folds} folds of pairs: each fold needs 2 people, one with 2 images")
-        for _ in range(per_fold):
-            first_image, second_image = rng.choice(members[rng.choice(several)], 2, replace=False)
-            first.append(first_image)
-            second.append(second_image)
-        for _ in range(per_fold):
-            one, other = rng.choice(fold, 2, replace=False)
-            first.append(rng.choice(members[one]))
-            second.append(rng.choice(members[other]))
-        same += [True] * per_fold + [False] * per_fold
+        rows = np.flatnonzero(np.isin(labels, fold))
+        one, other = (rows[side] for side in np.triu_indices(len(rows), 1))
+        for alike in (True, False):
+            candidates = np.flatnonzero((labels[one] == labels[other]) == alike)
+            if not len(candidates):
+                raise BadInput(f"{len(people)} people are too few for {folds} folds of pairs: each fold needs 2 people, one with 2 images")
+            picked = rng.choice(candidates, per_fold, replace=len(candidates) < per_fold)
+            chosen.append(np.stack([one[picked], other[picked]], 1))
+            same += [alike] * per_fold
+    first, second = np.concatenate(chosen).T
     return Pairs(keys[first], keys[second], np.asarray(same), np.repeat(np.arange(folds), 2 * per_fold))
 
 

@@ -115,6 +115,7 @@ def test_drawn_pairs_keep_people_in_their_fold():
     keys = np.asarray([f"{label}/{i}" for i, label in enumerate(labels)])
     drawn = p.draw_pairs(keys, labels, folds=5, per_fold=10)
     assert len(drawn) == 100 and drawn.folds == 5
+    assert len({frozenset(pair) for pair in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True)}) == 100
     of = lambda key: key.split("/")[0]
     folds_of = {}
     for first, second, same, fold in zip(drawn.first, drawn.second, drawn.same, drawn.fold, strict=True):
