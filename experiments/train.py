@@ -128,7 +128,7 @@ def take_initial(path: Path, config: ConfigDict, state: step.State) -> step.Stat
     if weights.preprocessing["standardisation"] != config.model.standardisation:
         raise BadInput(f"init={path} was trained with model.standardisation={weights.preprocessing['standardisation']}")
     params = {**state.params, "network": weights.variables["params"]}
-    stats = weights.variables["batch_stats"]
+    stats = weights.variables.get("batch_stats", {})
     return dataclasses.replace(
         state, params=params, batch_stats=stats, average=None if state.average is None else jax.tree.map(np.copy, (params, stats))
     )

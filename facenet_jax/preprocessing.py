@@ -27,6 +27,7 @@ STANDARDISATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "per_image": _per_image,
     "unit": lambda x: x / 255.0,
     "imagenet": lambda x: (x / 255.0 - jnp.array(_IMAGENET_MEAN)) / jnp.array(_IMAGENET_DEVIATION),
+    "symmetric": lambda x: (x - 127.5) / 127.5,
     "dlib": lambda x: (x - jnp.array(_DLIB_MEAN)) / 256.0,
 }
 

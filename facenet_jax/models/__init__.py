@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from facenet_jax.errors import BadInput
+from facenet_jax.models.dlib_resnet import DlibResnet
 from facenet_jax.models.inception_resnet_v1 import InceptionResnetV1
+from facenet_jax.models.iresnet import IResnet18, IResnet34, IResnet50, IResnet100
 from facenet_jax.models.nn4_small2 import Nn4Small2
+from facenet_jax.models.resnet50 import Resnet50
 from facenet_jax.models.small_resnet import SmallResnet
 
 
@@ -25,9 +28,15 @@ class Network:
 
 
 NETWORKS: dict[str, Network] = {
+    "dlib_resnet": Network(DlibResnet, 150, 103, 1, "dlib"),
     "inception_resnet_v1": Network(InceptionResnetV1, 160, 75, 1, "fixed"),
     "nn4_small2": Network(Nn4Small2, 96, 96, 32, "unit"),
     "small_resnet": Network(SmallResnet, 64, 32, 16, "fixed"),
+    "resnet50": Network(Resnet50, 224, 32, 1, "imagenet"),
+    "iresnet18": Network(IResnet18, 112, 16, 1, "symmetric"),
+    "iresnet34": Network(IResnet34, 112, 16, 1, "symmetric"),
+    "iresnet50": Network(IResnet50, 112, 16, 1, "symmetric"),
+    "iresnet100": Network(IResnet100, 112, 16, 1, "symmetric"),
 }
 
 

@@ -1,7 +1,8 @@
 """OpenFace's nn4.small2: the paper's NN4 thinned, 96x96 -> 128.
 
-`pooling="released"` is the trained network: the pool branches stride, and their outputs are zero-padded back to the size of
-the others, which its definition file (models/openface/nn4.small2.def.lua, `pooling="definition"`) does not say (OpenFace #349, #351).
+`pooling="released"` is the trained network: the pool branches stride, unpadded (maxima by 2, L2 by 3), and their outputs are zero-padded
+back to the size of the others, as models/openface/nn4.small2.def.lua has it, where LPPooling strides by its window (OpenFace #349, #351).
+`pooling="definition"` is the paper's table instead: pools stride as their block does, and keep its size.
 """
 
 from typing import Any

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from facenet_jax.errors import BadInput
 
@@ -46,12 +46,16 @@ class Weights:
 def save_weights(path: Path, weights: Weights) -> str:
     """Writes the file (aside, then renamed) and returns the fingerprint."""
     tensors = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in flatten_dict(weights.variables, sep="/").items()}
-    described = {key: value for key, value in asdict(weights).items() if key != "variables"} | {"fingerprint": weights.fingerprint}
+    # Not dataclasses.asdict, which would copy every tensor.
+    described = {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "variables"} | {"fingerprint": weights.fingerprint}
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in described.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    aside.write_bytes(save(tensors, metadata))
-    aside.rename(path)
+    try:
+        save_file(tensors, aside, metadata)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return weights.fingerprint
 
 

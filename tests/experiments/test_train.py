@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +233,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(command, tmp_path):
     assert not (tmp_path / "parts" / "weights.safetensors").exists()
     subprocess.run(command(tmp_path / "parts"), check=True, cwd=ROOT, env=environment, capture_output=True)
     equal(tmp_path / "whole" / "weights.safetensors", tmp_path / "parts" / "weights.safetensors")
+
+
+def test_a_damaged_record_ends_the_run_by_name(command, people, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(people, damaged)
+    shard = next(damaged.glob("*-train.tfrecord-00000-of-00002"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    command = [part for part in command(tmp_path / "run", f"--config.data.records={damaged}") if str(people) not in part]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: .*people-train\.tfrecord-00000-of-00002: record \d+ is damaged", done.stderr.strip().splitlines()[-1]), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize(
