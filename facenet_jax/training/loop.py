@@ -178,7 +178,9 @@ def fit(
             check_finite(2)
             done = step + 1
             finished = done == plan.steps
-            ending = finished or stop.requested
+            # Looked at once a step: a signal that comes later ends the next step, which then saves.
+            asked = stop.requested and not finished
+            ending = finished or asked
             if done % plan.log_every == 0 or ending:
                 values = {name: float(value) for name, value in metrics.items()}
                 now = time.perf_counter()
@@ -208,7 +210,7 @@ def fit(
                 log.write("evaluation", done, values)
                 log.show(done, " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)), keep=True)
             paused += time.perf_counter() - pause
-            if stop.requested and not finished:
+            if asked:
                 log.show(done, "asked to stop: saved; the same command goes on from here", keep=True)
                 break
     log.close()

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from facenet_jax import models
 from facenet_jax.errors import BadInput
+from facenet_jax.weights.checks import problem, refuse
 from facenet_jax.weights.graph_def import read_graph
 from facenet_jax.weights.tensor_bundle import read_checkpoint
 
@@ -75,18 +76,6 @@ def _expected(embedding_size: int) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
-    if array is None:
-        return f"{name} is missing, expected shape {list(shape)}"
-    if array.shape != shape:
-        return f"{name} has shape {list(array.shape)}, expected {list(shape)}"
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return f"{name} {list(shape)} is {array.dtype}, expected floating point"
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(array.astype(np.float32, copy=False)).all()
-    return None if finite else f"{name} {list(shape)} holds values that are not finite in float32"
-
-
 def _unfolded(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds, for each convolution with a folded BatchNorm, one that only adds the offset: it can still be fine-tuned."""
     epsilon = models.create("inception_resnet_v1").bn_epsilon
@@ -129,10 +118,8 @@ def from_tensorflow(arrays: dict[str, np.ndarray], use_moving_average: bool = Fa
     # A gamma ignored would be a wrong network without a word.
     scales = sorted(name for name in tensors if name.startswith(_SCOPE) and name.endswith(f"{_NORM}gamma"))
     problems = [f"{name} {list(tensors[name].shape)} is there, expected none" for name in scales]
-    problems += [problem for path, shape in expected.items() if (problem := _problem(names[path], found[path], shape))]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise BadInput(f"not an Inception-ResNet-v1 of the expected kind: {'; '.join(problems[:3])}{more}")
+    tensors_wrong = (problem(names[path], found[path], shape) for path, shape in expected.items())
+    refuse("not an Inception-ResNet-v1 of the expected kind", [*problems, *tensors_wrong])
     tree = unflatten_dict({path: np.ascontiguousarray(array, np.float32) for path, array in found.items()}, sep="/")
     logits = tree.pop("logits", None)
     used = {sources.get(name, name.split(_NORM)[0] + _OFFSET) for name in names.values()}

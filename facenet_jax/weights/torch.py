@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from facenet_jax import models
 from facenet_jax.errors import BadInput
 from facenet_jax.models.iresnet import DEPTHS
+from facenet_jax.weights.checks import problem, refuse
 
 _IRESNETS = {depths: f"iresnet{number}" for number, depths in DEPTHS.items()}
 NETWORKS = ("inception_resnet_v1", "resnet50", *_IRESNETS.values())
@@ -153,20 +154,6 @@ def _measures(tensors: Mapping[str, np.ndarray], network: str) -> tuple[dict[str
     return {"embedding_size": outputs or models.create(network).embedding_size}, size
 
 
-def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
-    if array is None:
-        return f"{name} is missing, expected shape {list(shape)}"
-    if array.shape != shape:
-        return f"{name} has shape {list(array.shape)}, expected {list(shape)}"
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return f"{name} {list(shape)} is {array.dtype}, expected floating point"
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(array.astype(np.float32, copy=False)).all()
-    if not finite:
-        return f"{name} {list(shape)} holds values that are not finite in float32"
-    return f"{name} {list(shape)} holds a negative variance" if name.endswith("running_var") and (array < 0).any() else None
-
-
 def _bare(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Without the prefixes of wrappers (DataParallel, torch.compile) and without the counters of BatchNorm, which no embedding needs."""
     tensors: dict[str, np.ndarray] = {}
@@ -201,23 +188,22 @@ def from_torch(arrays: Mapping[str, np.ndarray], network: str | None = None) -> 
         expected |= {"params/logits/kernel": (arguments["embedding_size"], *classes), "params/logits/bias": classes}
     names = _torch_names(expected)
     laid = {path: tuple(shape[axis] for axis in _AXES.get(len(shape), range(len(shape)))) for path, shape in expected.items()}
-    problems = [problem for path, name in names.items() if (problem := _problem(name, tensors.get(name), laid[path]))]
+    problems = [problem(name, tensors.get(name), laid[path]) for path, name in names.items()]
 
     # Where the network has no scale, the weight that PyTorch stores nevertheless must be 1.
     ones = {_weight_beside(name): expected[path] for path, name in names.items() if name.endswith(".running_var")}
     ones = {name: shape for name, shape in ones.items() if name not in names.values()}
     for name, shape in ones.items():
-        if problem := _problem(name, tensors.get(name), shape):
-            problems.append(problem)
-        elif not (tensors[name] == 1).all():
+        wrong = problem(name, tensors.get(name), shape)
+        if wrong or (tensors[name] == 1).all():
+            problems.append(wrong)
+        else:
             problems.append(f"{name} {list(shape)} holds other values than 1, which {network} keeps it at")
 
     left = sorted(set(tensors) - set(names.values()) - set(ones))
     unused = tuple(name for name in left if network == "resnet50" and name in ("fc.weight", "fc.bias"))
     problems += [f"{name[:200]!r} {list(tensors[name].shape)} is there, expected none" for name in left if name not in unused]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise BadInput(f"not a whole {network}: {'; '.join(problems[:3])}{more}")
+    refuse(f"not a whole {network}", problems)
 
     def leaf(path: str) -> np.ndarray:
         array = tensors[names[path]]

@@ -74,7 +74,7 @@ def test_stopped_and_resumed_is_bit_equal(config, tmp_path, monkeypatch, stops):
     whole = train.run(config, tmp_path / "whole", tmp_path)
     assert whole["pairs"] == 6000
     for step in stops:
-        StopAt.left = 2 * (step - 1)
+        StopAt.left = step - 1
         with monkeypatch.context() as patched:
             patched.setattr(loop, "Stop", StopAt)
             assert train.run(config, tmp_path / "parts", tmp_path) is None
@@ -109,7 +109,7 @@ def test_restored_on_another_number_of_devices(config, tmp_path, monkeypatch):
             with monkeypatch.context() as patched:
                 use_devices(patched, count)
                 if stop:
-                    StopAt.left = 2 * (stop - 1)
+                    StopAt.left = stop - 1
                     patched.setattr(loop, "Stop", StopAt)
                 found = train.run(config, workdir, tmp_path)
         assert found["accuracy"] == pytest.approx(whole["accuracy"], abs=0.01)
