@@ -60,6 +60,15 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
+def decodes(data: bytes) -> bool:
+    """True where `decode`, which is stricter than Pillow, takes the bytes."""
+    try:
+        decode(data)
+    except ValueError:
+        return False
+    return True
+
+
 def is_plain(data: bytes) -> bool:
     """True for bytes that a record may carry as they are: a baseline RGB or grey JPEG or 8-bit PNG, upright, one frame."""
     image = Image.open(io.BytesIO(data))

@@ -22,7 +22,7 @@ from data_pipelines.importers import Photograph
 from data_pipelines.importers.csv_file import csv_file
 from data_pipelines.importers.folders import folder, natural, tar_file, zip_file
 from facenet_jax import command_line
-from facenet_jax.errors import BadInput
+from facenet_jax.errors import NPZ_ERRORS, BadInput
 
 FLAGS = flags.FLAGS
 
@@ -57,7 +57,7 @@ def read_crops(path: Path, key: str) -> dict[str, tuple[int, int, int, int]]:
     try:
         with np.load(path, allow_pickle=False) as data:
             names, boxes = data["names"], data[key]
-    except (ValueError, KeyError, OSError) as error:
+    except (*NPZ_ERRORS, KeyError) as error:
         raise BadInput(f"{path}: {error}") from None
     return {str(name): (int(box[0]), int(box[1]), int(box[2]), int(box[3])) for name, box in zip(names, boxes, strict=True)}
 
@@ -77,7 +77,7 @@ def convert(photograph: Photograph, settings: Settings) -> tuple[bytes, str]:
             return b"", f"{cut.shape[1]}x{cut.shape[0]} pixels are too few"
         if settings.size:
             cut = images.resize(cut, settings.size)
-        if cut is pixels and images.is_plain(data):
+        if cut is pixels and images.is_plain(data) and images.decodes(data):
             return data, ""
         return images.encode(cut, settings.form), ""
     except (BadInput, OSError) as error:
@@ -135,13 +135,15 @@ def prepare(
         ):
             if problem:
                 rejected[photograph.key] = problem
-                if len(rejected) > reject_limit * len(found) + 1:
+                if len(rejected) > reject_limit * len(found):
                     raise BadInput(
                         f"{len(rejected)} of the first images cannot be used (the last: {photograph.key}: {problem}); "
                         f"--reject_limit={reject_limit} allows a share of {reject_limit:g}"
                     )
                 continue
             writer.add(split_of[photograph.identity], data, label_of[photograph.identity], photograph.identity, photograph.key)
+        if empty := set(shards) - writer.splits_with_images():
+            raise BadInput(f"no image is left for the split {min(empty)!r}")
         described = {"alignment": alignment or {}, "size": settings.size, "identities": people, "rejected": rejected}
         return writer.finish(described)
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines import example
-from facenet_jax.errors import BadInput
+from facenet_jax.errors import NPZ_ERRORS, BadInput
 from facenet_jax.wire import masked_crc32c
 
 VERSION = "1.0.0"
@@ -88,7 +88,7 @@ def read_index(path: Path) -> Shard:
     try:
         with np.load(index_path(path), allow_pickle=False) as index:
             shard = Shard(path, index["offsets"], index["labels"], index["keys"])
-    except (OSError, ValueError, KeyError) as error:
+    except (*NPZ_ERRORS, KeyError) as error:
         raise BadInput(
             f"{index_path(path)}: cannot be read ({error}); `python -m data_pipelines.prepare --reindex {path.parent}` makes it anew"
         ) from None
@@ -167,7 +167,8 @@ class Writer:
         if directory.exists() and any(directory.iterdir()):
             raise BadInput(f"{directory}: already there; remove it or choose another output")
         self.directory = directory
-        self._aside = directory.with_name(f".{directory.name}.writing")
+        # Of this process alone: two that write the same directory must not meet before one of them is done.
+        self._aside = directory.with_name(f".{directory.name}.{os.getpid()}.writing")
         self._name, self._shards = name, shards
         self._files: dict[str, list[BinaryIO]] = {}
         self._index: dict[str, list[list[tuple[int, int, str]]]] = {}
@@ -200,6 +201,10 @@ class Writer:
         file.write(frame(example.serialise(image, label, identity, key)))
         self._bytes[split] += len(image)
         self._hash.update(f"{split}\0{label}\0{identity}\0{key}\0".encode() + hashlib.sha256(image).digest())
+
+    def splits_with_images(self) -> set[str]:
+        """Splits that hold something."""
+        return {split for split, count in self._counts.items() if count}
 
     def finish(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Writes indices and descriptions and moves the directory into place; returns the whole metadata."""

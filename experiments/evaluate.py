@@ -6,7 +6,6 @@ python -m experiments.evaluate --weights=pixels --records=data/lfw --pairs=data/
 """
 
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from absl import flags
 from data_pipelines import sources
 from experiments import embedding, reporting
 from facenet_jax import command_line
-from facenet_jax.errors import BadInput
+from facenet_jax.errors import NPZ_ERRORS, BadInput
 from facenet_jax.evaluation import pairs as verification
 from facenet_jax.inference import Embedder
 
@@ -27,7 +26,9 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str
     try:
         with np.load(path, allow_pickle=False) as data:
             found = data["embeddings"], data["keys"], data["identities"], str(data["weights_fingerprint"])
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such embeddings file") from None
+    except (*NPZ_ERRORS, KeyError) as error:
         raise BadInput(f"{path}: not an embeddings file ({error})") from None
     if found[0].ndim != 2 or len(found[0]) != len(found[1]) or len(found[0]) != len(found[2]):
         raise BadInput(f"{path}: embeddings {found[0].shape}, keys {found[1].shape} and identities {found[2].shape} do not belong together")

@@ -44,10 +44,10 @@ def find_records(name: str, data_dir: Path) -> str:
 
 
 def check_same_run(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json, or compares with the one there; BadInput names the first setting that differs."""
+    """Compares with the run that left a checkpoint here, if one did; BadInput names the first setting that differs. Writes config.json."""
     path = workdir / "config.json"
     now = json.loads(config.to_json())
-    if path.exists():
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         then = command_line.flatten(json.loads(path.read_text()))
         for key, value in command_line.flatten(now).items():
             if key not in _FREE and then.get(key) != value:
@@ -139,8 +139,14 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
     started = time.perf_counter()
     models.check_size(config.model.name, config.model.size)
     records = find_records(config.data.records, data_dir)
-    if config.data.synthetic_people and parallel.is_first_process():
-        synthetic_records.ensure(Path(records), config.data.synthetic_people, config.model.size)
+    if not config.data.records:
+        raise BadInput("data.records is not set: --config.data.records=DIRECTORY, made by `python -m data_pipelines.prepare`")
+    if config.seed < 0:
+        raise BadInput(f"seed={config.seed}: it must not be negative")
+    if config.data.synthetic_people:
+        if parallel.is_first_process():
+            synthetic_records.ensure(Path(records), config.data.synthetic_people, config.model.size)
+        parallel.wait_for_all("drawn people")
     source = sources.open_source(records, config.data.split)
     sampler = make_sampler(config, source.labels)
     mesh = parallel.make_mesh()
@@ -176,6 +182,10 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(make))
         state, saved = checkpoints.restore(like)
         position = saved["batches"]
+        if saved["records"] != source.metadata.get("content_sha256", ""):
+            raise BadInput(
+                f"{workdir} was trained on other records than {records} holds now: give it the former --data_dir, or choose another --workdir"
+            )
         print(f"goes on from step {position}", flush=True)
     else:
         state = make()
@@ -210,7 +220,8 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path) -> dict[str, Any] | N
         before = evaluate(state)
         print(f"before training: accuracy {before['accuracy']:.4f}", flush=True)
     with contextlib.closing(batches), contextlib.closing(checkpoints):
-        state, finished = loop.fit(state, train_step, batches, mesh, plan, workdir, checkpoints, evaluate)
+        data = {"records": source.metadata.get("content_sha256", "")}
+        state, finished = loop.fit(state, train_step, batches, mesh, plan, workdir, checkpoints, evaluate, data)
     if not finished or not parallel.is_first_process():
         return None
     return publish(config, workdir, state, source, evaluate, time.perf_counter() - started)

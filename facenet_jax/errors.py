@@ -2,7 +2,12 @@
 
 import contextlib
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
+
+# What NumPy raises for a file that is no whole .npz (a .npy gives TypeError: it is no archive).
+NPZ_ERRORS = (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class BadInput(ValueError):

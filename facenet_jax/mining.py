@@ -17,7 +17,8 @@ from jax import lax
 from facenet_jax.errors import BadInput
 
 Array = jax.Array
-BIG = jnp.float32(3e38)
+# A Python number: an array here would start JAX's backends on import, before hosts can join.
+BIG = 3e38
 
 
 @dataclass(frozen=True)

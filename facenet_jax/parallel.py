@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from facenet_jax.errors import BadInput
@@ -54,6 +55,19 @@ def to_global(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str, jax.Ar
     """This host's rows (the same number on every host) as arrays cut over the whole mesh, hosts in order of index."""
     sharding = batch_sharded(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in host_batch.items()}
+
+
+def any_process(flag: bool) -> bool:
+    """True on every host where it is True on one; a collective, so all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every host has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def is_first_process() -> bool:

@@ -1,6 +1,8 @@
 """The house: imports point one way, and libraries that change often are known to one file each."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,9 @@ def test_mesh_is_made_in_one_file():
         if path.name != "parallel.py":
             text = path.read_text()
             assert "shard_map" not in text and "jax.distributed.initialize" not in text, path
+
+
+def test_import_starts_no_backend():
+    """Hosts can join only before JAX's backends start."""
+    code = "import experiments.train; from jax._src import xla_bridge; raise SystemExit(xla_bridge.backends_are_initialized())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -9,7 +9,14 @@ from facenet_jax.errors import BadInput
 
 def csv_file(path: Path, image_column: str = "image", identity_column: str = "identity") -> list[Photograph]:
     """One photograph a row; BadInput names a missing column, or the line of an empty cell."""
-    photographs = []
+    try:
+        return _rows(path, image_column, identity_column)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+
+
+def _rows(path: Path, image_column: str, identity_column: str) -> list[Photograph]:
+    photographs: dict[str, Photograph] = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         for column in (image_column, identity_column):
@@ -19,7 +26,10 @@ def csv_file(path: Path, image_column: str = "image", identity_column: str = "id
             image, identity = row[image_column], row[identity_column]
             if not image or not identity:
                 raise BadInput(f"{path}: line {rows.line_num} has an empty {image_column!r} or {identity_column!r}")
-            photographs.append(Photograph(str(PurePosixPath(image).with_suffix("")), identity, (path.parent / image).read_bytes))
+            key = str(PurePosixPath(image).with_suffix(""))
+            if key in photographs:
+                raise BadInput(f"{path}: line {rows.line_num}: {image} is there twice")
+            photographs[key] = Photograph(key, identity, (path.parent / image).read_bytes)
     if not photographs:
         raise BadInput(f"{path}: no rows")
-    return photographs
+    return list(photographs.values())

@@ -1,7 +1,13 @@
 """A folder per person, as a directory or inside a zip or tar file."""
 
+import atexit
+import bz2
+import gzip
+import lzma
 import re
+import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from functools import lru_cache, partial
@@ -67,25 +73,44 @@ def zip_file(path: Path) -> list[Photograph]:
     )
 
 
-def _tar_slice(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
+def _tar_slice(path: Path, offset: int, size: int, plain: bool) -> bytes:
+    with (path if plain else _unpacked(path)).open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-def _tar_member(path: Path, name: str) -> bytes:
-    with tarfile.open(path) as archive:
-        member = archive.extractfile(name)
-        return member.read() if member else b""
+@lru_cache(1)
+def _unpacked(path: Path) -> Path:
+    """A compressed tar as a plain one in the temporary directory, once in each process: reading one member of it would unpack all before."""
+    plain = tempfile.NamedTemporaryFile(prefix="facenet_jax_", suffix=".tar", delete=False)  # noqa: SIM115 - lives as long as the process
+    atexit.register(Path(plain.name).unlink, missing_ok=True)
+    with plain:
+        for opener in (gzip.open, bz2.open, lzma.open):
+            try:
+                with opener(path) as packed:
+                    shutil.copyfileobj(packed, plain, 1 << 20)
+                return Path(plain.name)
+            except (gzip.BadGzipFile, OSError, lzma.LZMAError):
+                plain.seek(0)
+                plain.truncate()
+    raise BadInput(f"{path}: neither a tar file nor one compressed by gzip, bzip2 or xz")
+
+
+def _is_plain(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def tar_file(path: Path) -> list[Photograph]:
-    """The same layout in a tar file; an uncompressed one is read in place."""
+    """The same layout in a tar file; a compressed one is unpacked into the temporary directory while it is read."""
     try:
-        with tarfile.open(path) as archive:
+        plain = _is_plain(path)
+        with tarfile.open(path if plain else _unpacked(path), "r:") as archive:
             members = [m for m in archive if m.isfile()]
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: {error}") from None
-    plain = tarfile.is_tarfile(path) and path.suffix == ".tar"
-    readers = [partial(_tar_slice, path, m.offset_data, m.size) if plain else partial(_tar_member, path, m.name) for m in members]
+    readers = [partial(_tar_slice, path, m.offset_data, m.size, plain) for m in members]
     return _sorted([_photograph(PurePosixPath(m.name), read) for m, read in zip(members, readers, strict=True)], path)

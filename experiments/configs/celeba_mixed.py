@@ -4,7 +4,7 @@
         --config.init=runs/celeba_triplet/weights.safetensors --workdir=runs/celeba_mixed
 
 From scratch the margin softmax alone stood still for its first 650 steps (validation 0.61): nine thousand random class centres say little about faces. Started
-from triplets, its centres have something to gather around.
+from triplets, its centres have something to gather around. Not yet run to its end, so there is no row for it.
 """
 
 from ml_collections import ConfigDict

@@ -41,15 +41,18 @@ def read_pairs(path: Path) -> Pairs:
 
     Keys are `name/name_0001`. BadInput names the line that is not of this form, or a wrong count.
     """
-    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
     try:
-        folds, count = (int(word) for word in lines[0])
+        lines = [(number, line.split()) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not a text file") from None
+    try:
+        folds, count = (int(word) for word in lines[0][1])
     except (ValueError, IndexError):
         raise BadInput(f"{path}: the first line must be 'folds pairs', as in LFW's pairs.txt: '10 300'") from None
     first, second, same = [], [], []
-    for number, words in enumerate(lines[1:], 2):
+    for number, words in lines[1:]:
         try:
-            name, i, other, j = words if len(words) == 4 else (words[0], words[1], words[0], words[2])
+            name, i, other, j = words if len(words) != 3 else (words[0], words[1], words[0], words[2])
             first.append(f"{name}/{name}_{int(i):04d}")
             second.append(f"{other}/{other}_{int(j):04d}")
         except (ValueError, IndexError):
@@ -220,6 +223,11 @@ def verify(
     folds = int(fold.max()) + 1
     if folds < 2:
         raise BadInput("the protocol needs at least 2 folds")
+    if not 0 <= far_target < 1:
+        raise BadInput(f"the FAR target must be in [0, 1), not {far_target:g}")
+    for k in range(folds):
+        if not (same & (fold == k)).any() or not (~same & (fold == k) & present).any():
+            raise BadInput(f"fold {k} has no same pair, or no different pair whose images are there")
     plain = distances(first, second, distance)
     rows: list[tuple[float, float, float, float, float]] = []
     for k in range(folds):

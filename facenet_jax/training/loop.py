@@ -2,7 +2,6 @@
 
 import collections
 import json
-import math
 import os
 import signal
 import sys
@@ -128,6 +127,7 @@ def collapsed(metrics: dict[str, float], margin: float) -> bool:
     return margin > 0 and abs(metrics.get("triplet_loss", 0.0) - margin) < 0.02 * margin and metrics["spread"] < 0.01
 
 
+SAVED = "asked to stop: saved; the same command goes on from here"
 COLLAPSE = (
     "collapsed: the loss stands at the margin and all embeddings are nearly one point. Lower optimizer.learning_rate or add "
     "optimizer.warmup, use triplet.rule=semi_hard, or start from a network trained with softmax (init=weights.safetensors)."
@@ -143,11 +143,12 @@ def fit(
     workdir: Path,
     checkpoints: Checkpoints,
     evaluate: Callable[[State], dict[str, Any]] | None = None,
+    data: dict[str, Any] | None = None,
 ) -> tuple[State, bool]:
     """Trains until plan.steps or a request to stop; returns the state and whether it finished.
 
     Batches hold image, label and index [rows of this host]; only image and label go to the devices. The state is saved with the number of
-    batches taken. BadInput where the loss stops being finite, naming the records of that batch.
+    batches taken and `data`, which says of what. BadInput where the loss stops being finite, naming the records of that batch.
     """
     first = int(state.step)
     log = Log(workdir, plan.steps, first)
@@ -157,32 +158,40 @@ def fit(
     finished = first >= plan.steps
 
     def check_finite(limit: int) -> None:
-        # A loss is looked at two steps later, so that the host never waits for the step it has just sent.
+        # A step is looked at two steps later, so that the host never waits for the step it has just sent.
         while len(recent) > limit:
-            step, loss, indices = recent.popleft()
-            if not math.isfinite(float(loss)):
+            step, finite, indices = recent.popleft()
+            if not bool(finite):
                 raise BadInput(
-                    f"the loss is not finite at step {step} (records {', '.join(map(str, indices[:8]))}, ...): lower "
+                    f"the loss or the weights are not finite after step {step} (records {', '.join(map(str, indices[:8]))}, ...): lower "
                     "optimizer.learning_rate, set optimizer.clip, or look at those records; the last checkpoint is from before it"
                 )
 
     with Stop() as stop:
         for step in range(first, plan.steps):
             before = time.perf_counter()
-            host_batch = next(batches)
+            try:
+                host_batch = next(batches)
+            except RuntimeError:
+                if not stop.requested:
+                    raise
+                # A signal to the whole process group ended the loader's workers as well.
+                checkpoints.save(step, state, {"batches": step, **(data or {})}, wait=True)
+                log.show(step, SAVED, keep=True)
+                break
             waited += time.perf_counter() - before
             indices = host_batch["index"]
             batch = parallel.to_global(mesh, {"image": host_batch["image"], "label": host_batch["label"]})
             state, metrics = step_function(state, batch)
-            recent.append((step, metrics["loss"], indices))
+            recent.append((step, metrics["finite"], indices))
             check_finite(2)
             done = step + 1
             finished = done == plan.steps
             # Looked at once a step: a signal that comes later ends the next step, which then saves.
-            asked = stop.requested and not finished
+            asked = parallel.any_process(stop.requested) and not finished
             ending = finished or asked
             if done % plan.log_every == 0 or ending:
-                values = {name: float(value) for name, value in metrics.items()}
+                values = {name: float(value) for name, value in metrics.items() if name != "finite"}
                 now = time.perf_counter()
                 seconds = max(now - last_time - paused, 1e-9)
                 rows = len(indices) * jax.process_count()
@@ -204,14 +213,14 @@ def fit(
             pause = time.perf_counter()
             if (plan.checkpoint_every and done % plan.checkpoint_every == 0) or ending:
                 check_finite(0)
-                checkpoints.save(done, state, {"batches": done}, wait=ending)
+                checkpoints.save(done, state, {"batches": done, **(data or {})}, wait=ending)
             if evaluate and (finished or (plan.evaluate_every and done % plan.evaluate_every == 0)):
                 values = evaluate(state)
                 log.write("evaluation", done, values)
                 log.show(done, " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)), keep=True)
             paused += time.perf_counter() - pause
             if asked:
-                log.show(done, "asked to stop: saved; the same command goes on from here", keep=True)
+                log.show(done, SAVED, keep=True)
                 break
     log.close()
     return state, finished

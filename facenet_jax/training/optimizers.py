@@ -45,8 +45,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise BadInput(f"no optimiser named {self.name!r}; there are {', '.join(OPTIMIZERS)}")
-        if not 0 <= self.moving_average < 1 or self.weight_decay < 0:
-            raise BadInput("optimizer.moving_average must be in [0, 1), weight_decay not negative")
+        if not 0 <= self.moving_average < 1 or self.weight_decay < 0 or self.clip < 0:
+            raise BadInput("optimizer.moving_average must be in [0, 1), weight_decay and clip not negative")
 
 
 def is_kernel(params: Any) -> Any:

@@ -22,7 +22,7 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class TextSchedule:
-    """Rates that hold from an epoch on; a rate of -1 ("stop") ends the run there. `stop` is that epoch, or None."""
+    """Rates that hold from an epoch on. `stop` is the epoch with rate -1, where the original code ends the run; None without one."""
 
     epochs: tuple[int, ...]
     rates: tuple[float, ...]
@@ -53,7 +53,7 @@ def create(name: str, rate: float, steps: int, *, warmup: int = 0, epoch_steps: 
     """The rate at each step.
 
     name: a shape of `SHAPES` from `rate` at the start to its end at `steps`, or the path of a text file, whose rates stand as
-    they are and whose epochs are `epoch_steps` long. `warmup` steps climb linearly to the rate.
+    they are and whose epochs are `epoch_steps` long (after its stop the rate is 0: set `steps` to end there). `warmup` steps climb linearly to the rate.
     """
     if name in SHAPES:
         shape = SHAPES[name]

@@ -162,7 +162,10 @@ def make_train_step(
             # A young average follows closely, or the first thousands of steps would be mostly the random start.
             decay = jnp.minimum(settings.moving_average, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, (params, batch_stats))
+        # Of the state that comes out, statistics too: one that is not finite must not be saved.
+        finite = jnp.isfinite(value) & jnp.isfinite(global_norm((params, batch_stats)))
         metrics |= {
+            "finite": finite,
             "loss": value,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_norm": global_norm(gradients),

@@ -1,5 +1,6 @@
 """Photographs to records: every kind of file, every layout, the command line."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -103,6 +104,27 @@ def test_every_kind_of_file(tmp_path):
     assert ramp[0, 0, 0] < 5 and 235 < ramp[-1, -1, 0] < 255
 
 
+def test_a_picture_that_only_pillow_takes_is_stored_anew(tmp_path):
+    """What is stored must decode in training, where nothing can be left out any more."""
+    root = people(tmp_path / "faces", (("ada", 2),))
+    odd = picture()[:-2] + b"\x12\x34\x56" + picture()[-2:]
+    (root / "ada" / "odd.jpg").write_bytes(odd)
+    prepare.prepare(prepare.photographs(root), tmp_path / "out", prepare.Settings())
+    stored = read(tmp_path / "out")["ada/odd"]["image"]
+    assert stored != odd and images.decode(stored).shape == (20, 24, 3)
+
+
+def test_nothing_is_written_where_nothing_is_left(tmp_path):
+    root = people(tmp_path / "faces", (("ada", 1), ("bob", 1)))
+    (root / "bob" / "bob_0.jpg").write_bytes(b"")
+    with pytest.raises(BadInput, match="cannot be used"):
+        prepare.prepare(prepare.photographs(root), tmp_path / "out", prepare.Settings(), reject_limit=0.0)
+    with pytest.raises(BadInput, match="no image is left"):
+        (root / "ada" / "ada_0.jpg").write_bytes(b"")
+        prepare.prepare(prepare.photographs(root), tmp_path / "out", prepare.Settings(), reject_limit=1.0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_huge_pictures_are_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(BadInput, match="24x20 pixels are too many"):
@@ -130,6 +152,9 @@ def test_layouts_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     (tmp_path / "no_column.csv").write_text("file,person\na,b\n")
     (tmp_path / "gap.csv").write_text("image,identity\na.jpg,\n")
+    (tmp_path / "twice.csv").write_text("image,identity\na.jpg,a\na.jpg,b\n")
+    (tmp_path / "latin.csv").write_bytes("image,identity\na.jpg,José\n".encode("latin-1"))
+    (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(b"x" * 5000)[:-20])
     for name, words in (
         ("empty", "no images in folders"),
         ("none", "no such file"),
@@ -137,6 +162,9 @@ def test_layouts_that_cannot_be_read(tmp_path):
         ("bad.tar", "bad.tar"),
         ("no_column.csv", "no column 'image'"),
         ("gap.csv", "line 2"),
+        ("twice.csv", "line 3: a.jpg is there twice"),
+        ("latin.csv", "not UTF-8"),
+        ("cut.tar.gz", "cut.tar.gz"),
     ):
         with pytest.raises(BadInput, match=words):
             prepare.photographs(tmp_path / name)

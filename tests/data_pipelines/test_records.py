@@ -69,9 +69,11 @@ def test_damage_is_named(tmp_path):
         source = TfRecords(directory, "train")
         [source.image(i) for i in range(10)]
     shard.write_bytes(whole)
-    records.index_path(shard).write_bytes(b"nothing")
-    with pytest.raises(BadInput, match="--reindex"):
-        TfRecords(directory, "train")
+    index = records.index_path(shard).read_bytes()
+    for damaged in (b"", b"nothing", index[:-30], index[:200] + bytes([index[200] ^ 1]) + index[201:]):
+        records.index_path(shard).write_bytes(damaged)
+        with pytest.raises(BadInput, match="--reindex"):
+            TfRecords(directory, "train")
     records.write_index(shard)
     assert len(TfRecords(directory, "train").labels) == 10
 

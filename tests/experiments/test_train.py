@@ -160,7 +160,7 @@ def test_impossible_settings(config, tmp_path, monkeypatch, key, value, words):
 
 def test_loss_that_stops_being_finite_names_the_records(config, tmp_path):
     config.optimizer.update(name="momentum", learning_rate=1e30)
-    with pytest.raises(BadInput, match=r"not finite at step \d \(records \d+"):
+    with pytest.raises(BadInput, match=r"not finite after step \d \(records \d+"):
         train.run(config, tmp_path / "run", tmp_path)
 
 

@@ -104,6 +104,7 @@ def test_pairs_file(tmp_path, shared):
         ("2 1\nAda 1 2\n", "promises 2 x 2 x 1"),
         ("1 1\nAda 1 2\nAda x Bob 3\n", "line 3"),
         ("1 1\nAda 1\nB 1 C 2\n", "line 2"),
+        ("1 1\n\nAda 1 2 3 4\nB 1 C 2\n", "line 3"),
     ):
         path.write_text(text)
         with pytest.raises(BadInput, match=words):
