@@ -3,7 +3,6 @@
 import functools
 import tarfile
 from collections.abc import Callable
-from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def varint(value: int) -> bytes:
 def block(entries: list[tuple[bytes, bytes]]) -> bytes:
     data, previous = b"", b""
     for key, value in entries:
-        shared = len(commonpath([previous, key]))
+        shared = next((i for i, pair in enumerate(zip(previous, key)) if pair[0] != pair[1]), min(len(previous), len(key)))
         data += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
         previous = key
     return data + bytes(4) + (1).to_bytes(4, "little")
