@@ -342,5 +342,9 @@ def _flags() -> None:
 
 
 if __name__ == "__main__":
-    _flags()
+    try:
+        _flags()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # The default config is read, --config.key=value included, when its flag is defined.
+        raise SystemExit(command_line.fail(str(error))) from None
     command_line.run(main)

@@ -45,6 +45,12 @@ def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
         sys.exit(130)
 
 
+def fail(message: str) -> int:
+    """Says it in one line on stderr and gives the exit code of bad input."""
+    print(f"error: {' '.join(message.split())}; --help lists the flags", file=sys.stderr)
+    return 2
+
+
 def command() -> str:
     """This process's own command, to be typed again."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
