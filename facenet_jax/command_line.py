@@ -25,11 +25,9 @@ def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
             left = flags.FLAGS(arguments)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # The others are what a config file or an unknown --config.key raises while flags are read.
-            print(f"error: {' '.join(str(error).split())}; --help lists the flags", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(fail(str(error)))
         if len(left) > 1 and not positional:
-            print(f"error: {left[1]!r} is not a flag; --help lists the flags", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(fail(f"{left[1]!r} is not a flag"))
         return left
 
     def guarded(arguments: list[str]) -> None:

@@ -73,15 +73,14 @@ def zip_file(path: Path) -> list[Photograph]:
     )
 
 
-def _tar_slice(path: Path, offset: int, size: int, plain: bool) -> bytes:
-    with (path if plain else _unpacked(path)).open("rb") as file:
+def _tar_slice(plain: Path, offset: int, size: int) -> bytes:
+    with plain.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-@lru_cache(1)
 def _unpacked(path: Path) -> Path:
-    """A compressed tar as a plain one in the temporary directory, once in each process: reading one member of it would unpack all before."""
+    """A compressed tar as a plain one in the temporary directory: reading one member of it would unpack all before."""
     plain = tempfile.NamedTemporaryFile(prefix="facenet_jax_", suffix=".tar", delete=False)  # noqa: SIM115 - lives as long as the process
     atexit.register(Path(plain.name).unlink, missing_ok=True)
     with plain:
@@ -107,10 +106,11 @@ def _is_plain(path: Path) -> bool:
 def tar_file(path: Path) -> list[Photograph]:
     """The same layout in a tar file; a compressed one is unpacked into the temporary directory while it is read."""
     try:
-        plain = _is_plain(path)
-        with tarfile.open(path if plain else _unpacked(path), "r:") as archive:
+        # Unpacked here, by the process that outlives its workers: they read slices of the same file.
+        plain = path if _is_plain(path) else _unpacked(path)
+        with tarfile.open(plain, "r:") as archive:
             members = [m for m in archive if m.isfile()]
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: {error}") from None
-    readers = [partial(_tar_slice, path, m.offset_data, m.size, plain) for m in members]
+    readers = [partial(_tar_slice, plain, m.offset_data, m.size) for m in members]
     return _sorted([_photograph(PurePosixPath(m.name), read) for m, read in zip(members, readers, strict=True)], path)
