@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from facenet_jax import models
+from facenet_jax import folding, models
 from facenet_jax.errors import BadInput
 from facenet_jax.layers import l2_normalize
 from facenet_jax.preprocessing import Preprocessing
@@ -37,11 +37,11 @@ def check_variables(weights: Weights) -> None:
 
 @lru_cache(16)
 def _forward(network: str, arguments: str, preprocessing: Preprocessing, normalise: bool) -> Callable[[Any, np.ndarray], jax.Array]:
-    """(variables, uint8 images) -> embeddings; one for all weights of an architecture, so that none of them compiles it again."""
+    """(folded variables, uint8 images) -> embeddings; one for all weights of an architecture, so that none of them compiles it again."""
     model = models.create(network, **json.loads(arguments))
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        prelogits = jnp.asarray(model.apply(variables, preprocessing(images), train=False), jnp.float32)
+        prelogits = folding.apply_folded(model, preprocessing.size, variables, preprocessing(images))
         return l2_normalize(prelogits) if normalise else prelogits
 
     return jax.jit(forward)
@@ -58,7 +58,8 @@ class Embedder:
         weights = self.weights
         check_variables(weights)
         self.preprocessing = Preprocessing(**weights.preprocessing)
-        self._variables = jax.device_put(weights.variables)
+        model = models.create(weights.network, **weights.arguments)
+        self._variables = jax.device_put(folding.fold(model, self.preprocessing.size, weights.variables))
         self._forward = _forward(weights.network, json.dumps(weights.arguments, sort_keys=True), self.preprocessing, weights.normalise)
 
     @property
