@@ -1,0 +1,238 @@
+"""MTCNN, all three stages on the device: photographs of many sizes on canvases of a few, boxes, scores and five points out.
+
+The arithmetic is davidsandberg/facenet's (src/align/detect_face.py): the same pyramid, resampling, rounding and suppression. Buffers have fixed
+sizes: a pyramid level gives at most `proposals` windows, a photograph at most `candidates` boxes, the best scored; nothing recompiles per photograph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from facenet_jax.detection import Faces, boxes, resample
+from facenet_jax.detection.networks import ONet, PNet, RNet
+from facenet_jax.errors import BadInput
+from facenet_jax.weights.cache import cached_path
+from facenet_jax.weights.portable import load_weights
+
+Array = jax.Array
+_CELL, _STRIDE = 12, 2
+# Sides of canvases: a photograph lies on the smallest that holds it.
+_SIDES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# Pixels of one batch of canvases.
+_BATCH_PIXELS = 1 << 20
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """minimum: the smallest face in pixels; thresholds: least score of each stage; factor: from one pyramid level to the next; buffers as above."""
+
+    minimum: int = 20
+    thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
+    factor: float = 0.709
+    proposals: int = 512
+    candidates: int = 512
+    refined: int = 128
+
+    def __post_init__(self) -> None:
+        if self.minimum < 4 or not 0 < self.factor < 1 or not all(0 < t < 1 for t in self.thresholds):
+            raise BadInput("mtcnn: minimum must be at least 4 pixels, the factor and the thresholds between 0 and 1")
+
+
+def pyramid(height: int, width: int, settings: Settings) -> list[float]:
+    """Scales at which a photograph is looked at, largest first; none for one smaller than the smallest face."""
+    scale, scales = _CELL / settings.minimum, []
+    side = min(height, width) * scale
+    while side >= _CELL:
+        scales.append(_CELL / settings.minimum * settings.factor ** len(scales))
+        side *= settings.factor
+    return scales
+
+
+def _fix(x: Array) -> Array:
+    return jnp.trunc(x)
+
+
+def _standardise(x: Array) -> Array:
+    return (x - 127.5) * 0.0078125
+
+
+def _best(scores: Array, count: int) -> tuple[Array, Array]:
+    """(scores, places) [b, count] of the highest; of equals the last, which is what sorting upwards and taking from the end gives."""
+    found, places = lax.top_k(scores[:, ::-1], min(count, scores.shape[1]))
+    return found, scores.shape[1] - 1 - places
+
+
+def _take(values: Array, places: Array) -> Array:
+    return jnp.take_along_axis(values, places[..., None], 1)
+
+
+def _propose(
+    params: Any, columns: Array, sizes: Array, level_sizes: Array, scale: float, canvas: tuple[int, int], settings: Settings
+) -> tuple:
+    """One pyramid level: (boxes [b, k, 4], corrections [b, k, 4], scores [b, k], -inf where suppressed)."""
+    small = resample.shrink(columns, sizes, level_sizes, canvas)
+    score, correction = PNet().apply({"params": params}, _standardise(small), level_sizes)
+    cells = (level_sizes - _CELL + 1) // _STRIDE + 1  # of odd sides the last pool is half empty
+    row, column = jnp.arange(score.shape[1]), jnp.arange(score.shape[2])
+    there = (row < cells[:, :1])[:, :, None] & (column < cells[:, 1:])[:, None] & (level_sizes[:, :1, None] >= _CELL)
+    score = jnp.where(there & (score >= settings.thresholds[0]), score, -jnp.inf)
+    # x before y, as the original lists them: it decides among equal scores.
+    flat = lambda a: a.swapaxes(1, 2).reshape(a.shape[0], -1, *a.shape[3:])
+    found, places = _best(flat(score), settings.proposals)
+    x, y = jnp.divmod(places, score.shape[1])
+    corner = _STRIDE * jnp.stack([x, y], -1)
+    box = jnp.concatenate([_fix((corner + 1) / scale), _fix((corner + _CELL) / scale)], -1)
+    keep = boxes.suppress(box, found, 0.5, False)
+    return box, _take(flat(correction), places), jnp.where(keep, found, -jnp.inf)
+
+
+def _in_chunks(function: Any, owner: Array, box: Array, valid: Array, chunk: int, outputs: int) -> Array:
+    """function(owner [chunk], box [chunk, 4]) -> [chunk, outputs] over the valid rows of [n, ...] only, packed together -> [n, outputs]."""
+    total = len(valid)
+    order = jnp.argsort(~valid)
+    order = jnp.pad(order, (0, -total % chunk))
+    owner, box = owner[order], box[order]
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        at, results = state
+        part = lambda a: lax.dynamic_slice_in_dim(a, at, chunk)
+        return at + chunk, lax.dynamic_update_slice_in_dim(results, function(part(owner), part(box)), at, 0)
+
+    count = valid.sum()
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((len(order), outputs), jnp.float32))
+    packed = lax.while_loop(lambda state: state[0] < count, step, start)[1]
+    return packed[jnp.cumsum(valid) - 1]
+
+
+@partial(jax.jit, static_argnames=("scales", "settings"))
+def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, scales: tuple[float, ...], settings: Settings) -> tuple:
+    """photographs uint8 [b, h, w, 3] on black canvases, sizes [b, 2], level_sizes [b, levels, 2] (0: no such level) -> boxes, scores, points, valid."""
+    count = photographs.shape[0]
+    columns, corners = resample.running_sums(photographs)
+    levels = []
+    for index, scale in enumerate(scales):
+        canvas = tuple(int(np.ceil(side * scale)) + int(np.ceil(side * scale)) % 2 for side in photographs.shape[1:3])
+        levels.append(_propose(params["pnet"], columns, sizes, level_sizes[:, index], scale, canvas, settings))
+    box, correction, score = (jnp.concatenate(parts, 1) for parts in zip(*levels, strict=True))
+
+    # Of equal scores the original's sort takes the later one.
+    score, places = _best(score, settings.candidates)
+    box, correction = _take(box, places), _take(correction, places)
+    score = jnp.where(boxes.suppress(box, score, 0.7, False), score, -jnp.inf)
+    box = _fix(boxes.square(boxes.regress(box, correction, inclusive=False))).astype(jnp.int32)
+
+    owner = lambda b: jnp.repeat(jnp.arange(count), b.shape[1])
+
+    def stage(network: Any, name: str, side: int, chunk: int, box: Array, score: Array, outputs: int) -> Array:
+        def run(owner: Array, box: Array) -> Array:
+            crops = resample.crops(photographs, corners, owner, box, side)
+            found, *rest = network.apply({"params": params[name]}, _standardise(crops))
+            return jnp.concatenate([found[:, None], *rest], -1)
+
+        valid = jnp.isfinite(score).reshape(-1)
+        results = _in_chunks(run, owner(box), box.reshape(-1, 4), valid, chunk, outputs)
+        return results.reshape(count, -1, outputs)
+
+    results = stage(RNet(), "rnet", 24, 64, box, score, 5)
+    score = jnp.where(jnp.isfinite(score) & (results[..., 0] > settings.thresholds[1]), results[..., 0], -jnp.inf)
+    score, places = _best(score, settings.refined)
+    box, correction = _take(box, places).astype(jnp.float32), _take(results[..., 1:], places)
+    score = jnp.where(boxes.suppress(box, score, 0.7, False), score, -jnp.inf)
+    box = _fix(boxes.square(boxes.regress(box, correction))).astype(jnp.int32)
+
+    results = stage(ONet(), "onet", 48, 16, box, score, 15)
+    score = jnp.where(jnp.isfinite(score) & (results[..., 0] > settings.thresholds[2]), results[..., 0], -jnp.inf)
+    box = box.astype(jnp.float32)
+    extent = box[..., 2:] - box[..., :2] + 1
+    points = jnp.stack([results[..., 5:10], results[..., 10:15]], -1) * extent[..., None, :] + box[..., None, :2] - 1
+    box = boxes.regress(box, results[..., 1:5])
+    score, places = _best(score, score.shape[1])
+    box, points = _take(box, places), jnp.take_along_axis(points, places[..., None, None], 1)
+    return box, score, points, boxes.suppress(box, score, 0.7, True)
+
+
+class Mtcnn:
+    """The detector with its weights on the device.
+
+    Photographs whose longer side is over 4,096 pixels are shrunk to that first, and their faces reported in their own pixels.
+    """
+
+    def __init__(self, weights: str | Path = "mtcnn", **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        path = Path(weights)
+        if not path.exists():
+            path = cached_path(str(weights))
+        if not path.exists():
+            raise BadInput(f"{weights}: no such weights; the published ones come by `python -m facenet_jax.apps.pretrained mtcnn`")
+        found = load_weights(path)
+        if found.network != "mtcnn":
+            raise BadInput(f"{path}: weights of {found.network}, not of mtcnn")
+        self._params = jax.device_put(found.variables["params"])
+
+    def __call__(self, photographs: Sequence[np.ndarray]) -> list[Faces]:
+        """uint8 RGB [h, w, 3] each -> faces in the order of the photographs."""
+        results: list[Faces] = [Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2), np.float32))] * len(
+            photographs
+        )
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, photograph in enumerate(photographs):
+            if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[-1] != 3:
+                raise BadInput(f"photographs must be uint8 RGB [h, w, 3], not {photograph.dtype} {list(photograph.shape)}")
+            if pyramid(*_fitted(photograph.shape[:2]), self.settings):
+                groups.setdefault(_canvas(_fitted(photograph.shape[:2])), []).append(index)
+        for canvas, members in groups.items():
+            batch = max(1, min(_BATCH, _BATCH_PIXELS // (canvas[0] * canvas[1])))
+            for start in range(0, len(members), batch):
+                part = members[start : start + batch]
+                for index, faces in zip(part, self._batch([photographs[i] for i in part], canvas, batch), strict=True):
+                    results[index] = faces
+        return results
+
+    def _batch(self, photographs: list[np.ndarray], canvas: tuple[int, int], batch: int) -> list[Faces]:
+        scales = tuple(pyramid(*canvas, self.settings))
+        images = np.zeros((batch, *canvas, 3), np.uint8)
+        sizes = np.zeros((batch, 2), np.int32)
+        level_sizes = np.zeros((batch, len(scales), 2), np.int32)
+        shrunk = []
+        for row, photograph in enumerate(photographs):
+            fitted = _shrunk(photograph)
+            shrunk.append(photograph.shape[0] / fitted.shape[0])
+            height, width = sizes[row] = fitted.shape[:2]
+            images[row, :height, :width] = fitted
+            for level, scale in enumerate(pyramid(height, width, self.settings)):
+                level_sizes[row, level] = int(np.ceil(height * scale)), int(np.ceil(width * scale))
+        found = _detect(self._params, images, sizes, level_sizes, scales, self.settings)
+        box, score, points, valid = (np.asarray(a) for a in found)
+        return [
+            Faces(box[row][keep] * ratio, score[row][keep], points[row][keep] * ratio)
+            for row, (keep, ratio) in enumerate(zip(valid, shrunk, strict=False))
+        ]
+
+
+def _fitted(size: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width after shrinking to the largest canvas."""
+    ratio = max(max(size) / _SIDES[-1], 1)
+    return max(int(size[0] / ratio), 1), max(int(size[1] / ratio), 1)
+
+
+def _shrunk(photograph: np.ndarray) -> np.ndarray:
+    height, width = _fitted(photograph.shape[:2])
+    if (height, width) == photograph.shape[:2]:
+        return photograph
+    import cv2
+
+    return cv2.resize(photograph, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _canvas(size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest canvas, by height and by width, that holds a photograph."""
+    height, width = (next(side for side in _SIDES if side >= n) for n in size)
+    return height, width

@@ -1,0 +1,118 @@
+"""P-, R- and O-Net of MTCNN (Zhang et al. 2016) as davidsandberg/facenet has them (src/align/detect_face.py), for upright images.
+
+The published weights were trained on transposed images; `weights.mtcnn` turns their kernels, and the last maps are flattened with x first.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from facenet_jax.layers import Conv, Dense, max_pool, precision_for
+
+Array = jax.Array
+
+
+class _PReLU(nn.Module):
+    """max(x, 0) + slope * min(x, 0), one slope a channel."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        slope = self.param("slope", nn.initializers.constant(0.25), (x.shape[-1],), jnp.float32)
+        return jnp.where(x > 0, x, x * slope)
+
+
+class _ConvPool(nn.Module):
+    """3x3 convolution of an image with channels to spare, PReLU, 2x2 maximum of stride 2: four pixels at once as 4x4 of stride 2.
+
+    Three channels in and ten out leave most of a vector unit idle; the four places of a pool as forty channels run 4 times faster on a CPU.
+    """
+
+    features: int = 10
+
+    @nn.compact
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        """x [b, h, w, 3] with even h and w, sizes [b, 2] (height, width that count) -> [b, h / 2 - 1, w / 2 - 1, features]."""
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (3, 3, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        slope = self.param("slope", nn.initializers.constant(0.25), (self.features,), jnp.float32)
+        places = [(i, j) for i in (0, 1) for j in (0, 1)]
+        packed = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in places], -1)
+        y = lax.conv_general_dilated(
+            x, packed, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision_for(x.dtype)
+        )
+        y = y.reshape(*y.shape[:3], 4, self.features) + bias
+        y = jnp.where(y > 0, y, y * slope)
+        # A pool at the edge of an odd map holds places beyond it.
+        rows = 2 * jnp.arange(y.shape[1])[:, None] + jnp.asarray([i for i, _ in places])
+        columns = 2 * jnp.arange(y.shape[2])[:, None] + jnp.asarray([j for _, j in places])
+        inside = (rows < sizes[:, :1, None] - 2)[:, :, None] & (columns < sizes[:, 1:, None] - 2)[:, None]
+        return jnp.where(inside[..., None], y, -jnp.inf).max(3)
+
+
+class PNet(nn.Module):
+    """Proposals: standardised canvases [b, h, w, 3] (even h, w), sizes [b, 2] -> (face score [b, h', w'], box corrections [b, h', w', 4]).
+
+    A cell at (y, x) looks at the 12x12 window at (2y, 2x). Cells beyond an image's size hold nonsense.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, sizes: Array) -> tuple[Array, Array]:
+        x = _ConvPool(name="conv1")(x, sizes)
+        # Nothing of a canvas beyond its image may be infinite: 0 * inf.
+        x = jnp.where(jnp.isfinite(x), x, 0)
+        x = _PReLU(name="prelu2")(Conv(16, 3, 1, "VALID", True, name="conv2")(x))
+        x = _PReLU(name="prelu3")(Conv(32, 3, 1, "VALID", True, name="conv3")(x))
+        boxes, scores = Conv(4, 1, 1, "VALID", True, name="boxes")(x), Conv(2, 1, 1, "VALID", True, name="scores")(x)
+        return _face(scores), boxes
+
+
+class RNet(nn.Module):
+    """Refinement: standardised crops [n, 24, 24, 3] -> (face score [n], box corrections [n, 4])."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        x = _PReLU(name="prelu1")(Conv(28, 3, 1, "VALID", True, name="conv1")(x))
+        x = max_pool(x, 3, 2, "SAME")
+        x = _PReLU(name="prelu2")(Conv(48, 3, 1, "VALID", True, name="conv2")(x))
+        x = max_pool(x, 3, 2)
+        x = _PReLU(name="prelu3")(Conv(64, 2, 1, "VALID", True, name="conv3")(x))
+        x = _PReLU(name="prelu4")(Dense(128, name="dense4")(_flatten(x)))
+        return _face(Dense(2, name="scores")(x)), Dense(4, name="boxes")(x)
+
+
+class ONet(nn.Module):
+    """Output: standardised crops [n, 48, 48, 3] -> (face score [n], box corrections [n, 4], five points [n, 10]: x1..x5, y1..y5 in the box)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+        x = _PReLU(name="prelu1")(Conv(32, 3, 1, "VALID", True, name="conv1")(x))
+        x = max_pool(x, 3, 2, "SAME")
+        x = _PReLU(name="prelu2")(Conv(64, 3, 1, "VALID", True, name="conv2")(x))
+        x = max_pool(x, 3, 2)
+        x = _PReLU(name="prelu3")(Conv(64, 3, 1, "VALID", True, name="conv3")(x))
+        x = max_pool(x, 2, 2, "SAME")
+        x = _PReLU(name="prelu4")(Conv(128, 2, 1, "VALID", True, name="conv4")(x))
+        x = _PReLU(name="prelu5")(Dense(256, name="dense5")(_flatten(x)))
+        return _face(Dense(2, name="scores")(x)), Dense(4, name="boxes")(x), Dense(10, name="points")(x)
+
+
+def _face(logits: Array) -> Array:
+    """Probability of the second of two classes."""
+    return jax.nn.softmax(logits, -1)[..., 1]
+
+
+def _flatten(x: Array) -> Array:
+    """[n, h, w, c] -> [n, w * h * c], x first."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], -1)
+
+
+def variables_shapes() -> dict[str, dict]:
+    """{"pnet": variables as shapes, "rnet": ..., "onet": ...}."""
+    key = jax.random.key(0)
+    sizes = jnp.zeros((1, 2), jnp.int32)
+    return {
+        "pnet": jax.eval_shape(PNet().init, key, jnp.zeros((1, 16, 16, 3)), sizes)["params"],
+        "rnet": jax.eval_shape(RNet().init, key, jnp.zeros((1, 24, 24, 3)))["params"],
+        "onet": jax.eval_shape(ONet().init, key, jnp.zeros((1, 48, 48, 3)))["params"],
+    }

@@ -1,0 +1,121 @@
+"""OpenCV's INTER_AREA on a device, for sizes that are known only when it runs: each output pixel is the mean over an interval of the input.
+
+Shrinking, the intervals tile the input. Where either side grows, OpenCV interpolates between two neighbours, which is the mean over an
+interval one pixel wide.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def intervals(size: Array, out: Array | int, places: int, shrinks: Array) -> tuple[Array, Array]:
+    """(starts, ends) [places] in input pixels of the outputs 0, 1, ... when `size` pixels become `out`."""
+    i = jnp.arange(places)
+    scale = size / out
+    # In integers, because a product that should be whole decides which pixel is meant.
+    first = i * size // out
+    part = ((i + 1) * size - (first + 1) * out) / jnp.maximum(size, 1)
+    part = jnp.where(part <= 0, 0, part - jnp.floor(part))
+    last = first >= size - 1
+    start = jnp.where(last, size - 1, first + jnp.where(last, 0, part)).astype(jnp.float32)
+    return (
+        jnp.where(shrinks, i * scale, start),
+        jnp.where(shrinks, jnp.minimum((i + 1) * scale, size), start + 1),
+    )
+
+
+def _shares(start: Array, end: Array, size: int) -> Array:
+    """[places, size]: the share of each input pixel in each interval's mean."""
+    pixel = jnp.arange(size)
+    covered = jnp.minimum(end[:, None], pixel + 1) - jnp.maximum(start[:, None], pixel)
+    return jnp.maximum(covered, 0) / jnp.maximum(end - start, 1e-6)[:, None]
+
+
+@partial(jax.vmap, in_axes=(0, 0, 0, None))
+def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int]) -> Array:
+    """Resized photographs, rounded to whole values as OpenCV does with bytes.
+
+    columns [b, h + 1, w, 3]: running sums down each column, from 0; size, out [b, 2]: height and width that count, before and after -> [b, *canvas, 3];
+    what lies beyond `out` is nonsense.
+    """
+    out = jnp.maximum(out, 1)
+    shrinks = (size >= out).all()
+    height = columns.shape[0] - 1
+
+    def down_to(places: Array) -> Array:
+        whole = jnp.clip(places.astype(jnp.int32), 0, height - 1)
+        return columns[whole] + (places - whole)[:, None, None] * (columns[whole + 1] - columns[whole])
+
+    start, end = intervals(size[0], out[0], canvas[0], shrinks)
+    rows = (down_to(end) - down_to(start)) / jnp.maximum(end - start, 1e-6)[:, None, None]
+    shares = _shares(*intervals(size[1], out[1], canvas[1], shrinks), columns.shape[1])
+    return jnp.round(jnp.einsum("jw,iwc->ijc", shares, rows, precision=lax.Precision.HIGHEST))
+
+
+def running_sums(photographs: Array) -> tuple[Array, Array]:
+    """uint8 [b, h, w, 3] -> sums down columns [b, h + 1, w, 3] float32, and sums over rectangles from the corner [b, h + 1, w + 1, 3] int32."""
+    columns = jnp.pad(_running(photographs.astype(jnp.int32), 1), ((0, 0), (1, 0), (0, 0), (0, 0)))
+    corners = jnp.pad(_running(columns, 2), ((0, 0), (0, 0), (1, 0), (0, 0)))
+    return columns.astype(jnp.float32), corners
+
+
+def _running(x: Array, axis: int) -> Array:
+    """Running sum; on a CPU as a loop, which reads the array once."""
+
+    def loop(x: Array) -> Array:
+        moved = jnp.moveaxis(x, axis, 0)
+        add = lambda total, row: (total + row, total + row)
+        return jnp.moveaxis(lax.scan(add, jnp.zeros_like(moved[0]), moved)[1], 0, axis)
+
+    return lax.platform_dependent(x, cpu=loop, default=partial(jnp.cumsum, axis=axis))
+
+
+@partial(jax.vmap, in_axes=(None, None, 0, 0, None))
+def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
+    """Boxes of photographs, resized: photographs uint8 [b, h, w, 3], corners of `running_sums`, owner [n], box [n, 4] int -> [n, side, side, 3] float32.
+
+    Boxes have both corners inside and count from 1; what lies outside the photograph is black.
+    """
+    height, width = photographs.shape[1:3]
+    size = jnp.maximum(jnp.stack([box[3] - box[1] + 1, box[2] - box[0] + 1]), 1)
+    shrinks = (size >= side).all()
+    corner = jnp.stack([box[1] - 1, box[0] - 1])
+    # Sums may pass 2^31 and wrap; their differences do not.
+    base = corners[owner, jnp.clip(corner[0], 0, height), jnp.clip(corner[1], 0, width)]
+
+    def sums(y: Array, x: Array) -> Array:
+        """Of the rectangles from the box's corner to (y, x) [n + 1] within the box -> [n + 1, n + 1, 3]."""
+        y, x = jnp.clip(y + corner[0], 0, height), jnp.clip(x + corner[1], 0, width)
+        whole_y, whole_x = (jnp.minimum(v.astype(jnp.int32), n - 1) for v, n in ((y, height), (x, width)))
+        at = lambda i, j: (corners[owner, (whole_y + i)[:, None], (whole_x + j)[None]] - base).astype(jnp.float32)
+        part_y, part_x = (y - whole_y)[:, None, None], (x - whole_x)[None, :, None]
+        upper = at(0, 0) * (1 - part_x) + at(0, 1) * part_x
+        lower = at(1, 0) * (1 - part_x) + at(1, 1) * part_x
+        return upper * (1 - part_y) + lower * part_y
+
+    boundaries = [jnp.arange(side + 1) * (size[axis] / side) for axis in (0, 1)]
+    total = sums(*boundaries)
+    area = (size[0] / side) * (size[1] / side)
+    mean = (total[1:, 1:] - total[:-1, 1:] - total[1:, :-1] + total[:-1, :-1]) / area
+
+    def neighbours(axis: int) -> tuple[Array, Array]:
+        start, _ = intervals(size[axis], side, side, jnp.asarray(False))
+        whole = start.astype(jnp.int32)
+        return whole + corner[axis], start - whole
+
+    (y, part_y), (x, part_x) = neighbours(0), neighbours(1)
+
+    def pixel(i: int, j: int) -> Array:
+        row, column = y + i, x + j
+        inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None]
+        values = photographs[owner, jnp.clip(row, 0, height - 1)[:, None], jnp.clip(column, 0, width - 1)[None]]
+        return jnp.where(inside[..., None], values, 0).astype(jnp.float32)
+
+    across = lambda i: pixel(i, 0) * (1 - part_x)[None, :, None] + pixel(i, 1) * part_x[None, :, None]
+    between = across(0) * (1 - part_y)[:, None, None] + across(1) * part_y[:, None, None]
+    return jnp.where(shrinks, mean, between)
