@@ -1,6 +1,7 @@
 """Image bytes to pixels and back, with one rule for everything a camera or a collector may have left in a file."""
 
 import io
+import tempfile
 import warnings
 
 import cv2
@@ -23,8 +24,8 @@ def decode(data: bytes) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def open_photograph(data: bytes) -> np.ndarray:
-    """Bytes of any image file -> uint8 RGB [h, w, 3].
+def open_photograph(data: bytes, jpeg: str = "") -> np.ndarray:
+    """Bytes of any image file -> uint8 RGB [h, w, 3]. jpeg="ijg9" decodes JPEGs as libjpeg 9 of the Independent JPEG Group does.
 
     EXIF orientation is obeyed, the first frame of an animation taken, grey, CMYK, palette and 16-bit pixels converted, alpha laid over
     white. BadInput says what is wrong with a file that is not an image, is cut off, or has over 100 million pixels.
@@ -38,6 +39,8 @@ def open_photograph(data: bytes) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise BadInput(f"{image.width}x{image.height} pixels are too many (limit {MAX_PIXELS:,})")
             image.load()
+            if jpeg and image.format == "JPEG" and image.mode == "RGB":
+                image = _ijg9(data, image)
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise BadInput("not an image") from None
@@ -45,6 +48,23 @@ def open_photograph(data: bytes) -> np.ndarray:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"damaged image ({error})") from None
+
+
+def _ijg9(data: bytes, image: Image.Image) -> Image.Image:
+    """The same JPEG by libjpeg 9, which enlarges colour by cosine transforms: up to 9 levels of a pixel away from libjpeg-turbo's result.
+
+    Pillow's wheels carried it until version 9, so davidsandberg/facenet saw these pixels.
+    """
+    try:
+        import jpeglib
+    except ImportError:
+        raise BadInput("--jpeg=ijg9 needs jpeglib: pip install -r requirements-legacy.txt") from None
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file, jpeglib.version("9d"):
+        file.write(data)
+        file.flush()
+        pixels = Image.fromarray(np.ascontiguousarray(jpeglib.read_spatial(file.name).spatial))
+    pixels.info["exif"] = image.info.get("exif", b"")
+    return pixels
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -18,7 +18,7 @@ from absl import flags
 
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
-from facenet_jax.weights import dlib
+from facenet_jax.weights import dlib, mtcnn
 from facenet_jax.weights.cache import cached_path
 from facenet_jax.weights.portable import Weights, save_weights
 from facenet_jax.weights.tensorflow import read_tensorflow
@@ -40,6 +40,8 @@ class Published:
     lfw: str
     convert: Callable[[Path, dict[str, str]], Weights]
     sdist: bool = False
+    # Further (member, SHA-256) that belong to it.
+    also: tuple[tuple[str, str], ...] = ()
 
 
 def _casia_webface(graph: Path, provenance: dict[str, str]) -> Weights:
@@ -58,6 +60,10 @@ def _casia_webface(graph: Path, provenance: dict[str, str]) -> Weights:
 
 # On LFW cut by the original MTCNN, without flip and mean subtraction: medians of the folds' thresholds (experiments.evaluate, fold_thresholds).
 CASIA_THRESHOLDS = {"squared": {"accuracy": 1.271, "far_0.001": 1.037}, "cosine": {"accuracy": 0.381, "far_0.001": 0.340}}
+
+
+def _mtcnn(path: Path, provenance: dict[str, str]) -> Weights:
+    return mtcnn.read(path.parent, provenance)
 
 
 def _dlib(path: Path, provenance: dict[str, str]) -> Weights:
@@ -88,6 +94,21 @@ PUBLISHED: dict[str, Published] = {
         lfw="not measured here; dlib states 0.9938 with 100-fold jitter, 0.9913 without",
         convert=_dlib,
         sdist=True,
+    ),
+    "mtcnn": Published(
+        requirement="mtcnn==1.0.0",
+        wheel_sha256="0a96b4868e56db9ae984449519642be6dba03240e608a67e928ebb47833e9144",
+        member="mtcnn/assets/weights/pnet.lz4",
+        member_sha256="ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
+        megabytes=2,
+        source="MTCNN (Zhang et al. 2016), as davidsandberg/facenet has it: the face detector of data_pipelines.align",
+        licence="MIT",
+        lfw="finds a face on all 7,701 photographs of the pairs",
+        convert=_mtcnn,
+        also=(
+            ("mtcnn/assets/weights/rnet.lz4", "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee"),
+            ("mtcnn/assets/weights/onet.lz4", "94f6ea2f4cf985275ee958cdd762d17b6009348a4fb9d8c6be39ba73ffd22ca3"),
+        ),
     ),
 }
 
@@ -120,22 +141,23 @@ def download(published: Published, directory: Path) -> Path:
 
 
 def extract(published: Published, wheel: Path, directory: Path) -> Path:
-    """The weights out of the wheel or source archive; both must have the known hashes."""
+    """The weights (the first file of them) out of the wheel or source archive; all must have the known hashes."""
     if not wheel.is_file():
         raise BadInput(f"{wheel}: no such file")
     if (found := sha256(wheel)) != published.wheel_sha256:
         raise BadInput(f"{wheel}: SHA-256 {found[:16]}..., expected {published.wheel_sha256[:16]}...; nothing was read from it")
-    target = directory / Path(published.member).name
-    if published.sdist:
-        with tarfile.open(wheel) as sources:
-            content = sources.extractfile(published.member)
-            target.write_bytes(content.read() if content else b"")
-    else:
-        with zipfile.ZipFile(wheel) as archive:
-            target.write_bytes(archive.read(published.member))
-    if (found := sha256(target)) != published.member_sha256:
-        raise BadInput(f"{published.member}: SHA-256 {found[:16]}..., expected {published.member_sha256[:16]}...")
-    return target
+    for member, expected in ((published.member, published.member_sha256), *published.also):
+        target = directory / Path(member).name
+        if published.sdist:
+            with tarfile.open(wheel) as sources:
+                content = sources.extractfile(member)
+                target.write_bytes(content.read() if content else b"")
+        else:
+            with zipfile.ZipFile(wheel) as archive:
+                target.write_bytes(archive.read(member))
+        if (found := sha256(target)) != expected:
+            raise BadInput(f"{member}: SHA-256 {found[:16]}..., expected {expected[:16]}...")
+    return directory / Path(published.member).name
 
 
 def fetch(name: str, wheel: Path | None = None) -> Path:

@@ -8,7 +8,6 @@ import numpy as np
 
 from facenet_jax.errors import BadInput
 
-
 # What a detector's five landmarks are, left and right as one sees them: centres of the eyes, nose, corners of the mouth; or corners of the eyes
 # (left outer, left inner, right inner, right outer) and the place below the nose.
 CENTRES, CORNERS = "centres", "corners"

@@ -48,8 +48,8 @@ class Settings:
 
 def pyramid(height: int, width: int, settings: Settings) -> list[float]:
     """Scales at which a photograph is looked at, largest first; none for one smaller than the smallest face."""
-    scale, scales = _CELL / settings.minimum, []
-    side = min(height, width) * scale
+    scales: list[float] = []
+    side = min(height, width) * _CELL / settings.minimum
     while side >= _CELL:
         scales.append(_CELL / settings.minimum * settings.factor ** len(scales))
         side *= settings.factor
@@ -119,8 +119,8 @@ def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, s
     columns, corners = resample.running_sums(photographs)
     levels = []
     for index, scale in enumerate(scales):
-        canvas = tuple(int(np.ceil(side * scale)) + int(np.ceil(side * scale)) % 2 for side in photographs.shape[1:3])
-        levels.append(_propose(params["pnet"], columns, sizes, level_sizes[:, index], scale, canvas, settings))
+        height, width = (-(-int(np.ceil(side * scale)) // 2) * 2 for side in photographs.shape[1:3])
+        levels.append(_propose(params["pnet"], columns, sizes, level_sizes[:, index], scale, (height, width), settings))
     box, correction, score = (jnp.concatenate(parts, 1) for parts in zip(*levels, strict=True))
 
     # Of equal scores the original's sort takes the later one.

@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import lz4.frame
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -24,7 +25,11 @@ NETWORKS = ("pnet", "rnet", "onet")
 _LIMIT = 64 << 20  # bytes; the three files together hold 2 MB
 
 
-class _Inert(pickle._Unpickler):  # type: ignore[name-defined, misc]
+# The one written in Python: its methods can be replaced.
+_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _Inert(_Unpickler):
     """A reader of pickled arrays in which the names of `known` mean these functions, and any other name ends the reading."""
 
     known: dict[tuple[str, str], Any]
@@ -68,7 +73,7 @@ class _JoblibArray:
 class _Joblib(_Inert):
     """joblib's dump: after the description of an array, its bytes."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
 
     def load_build(self) -> None:
         super().load_build()
@@ -87,10 +92,6 @@ def _array(data: bytes, described: Any) -> np.ndarray:
 
 def _joblib(data: bytes) -> list[np.ndarray]:
     """The list of arrays in an .lz4 file of the `mtcnn` package."""
-    try:
-        import lz4.frame
-    except ImportError:
-        raise BadInput("reading the weights of the mtcnn package needs lz4: pip install lz4") from None
     reader = lz4.frame.LZ4FrameDecompressor()
     plain = reader.decompress(data, max_length=_LIMIT)
     known = {
@@ -143,6 +144,8 @@ def _npy(data: bytes) -> dict[str, dict[str, np.ndarray]]:
     known["_codecs", "encode"] = lambda text, _: text.encode("latin1")
     found = _Inert(stream.read(), known, encoding="latin1").load()
     layers = found.value if isinstance(found, _NpyArray) else found
+    if not isinstance(layers, dict):
+        raise BadInput("no dictionary of layers")
     return {name: {key: array.value for key, array in parts.items()} for name, parts in layers.items()}
 
 

@@ -1,0 +1,219 @@
+"""Photographs to aligned faces: `python -m data_pipelines.align --input=photographs --output=faces`.
+
+Finds faces, cuts one of each photograph (or all), and writes a tree like the input's, `bounding_boxes.txt` as davidsandberg/facenet has it,
+`alignment.json`, and `rejected.json`: photographs without a face or not to be read, and what was done. Run again, it goes on where it was.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from data_pipelines import images
+from data_pipelines.detected import Detection, Found, find_faces
+from data_pipelines.importers import Photograph
+from data_pipelines.importers.layouts import LAYOUTS, photographs
+from facenet_jax import alignment, command_line
+from facenet_jax.alignment import Alignment
+from facenet_jax.apps import pretrained
+from facenet_jax.errors import BadInput
+
+FLAGS = flags.FLAGS
+NO_FACE = "no face"
+# Of the shorter side, where a photograph without a face is cut in its middle.
+_MIDDLE = 0.6
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A face of a photograph: pixels uint8 [size, size, 3], the rectangle cut (x1, y1, x2, y2; zeros where a template warped)."""
+
+    pixels: np.ndarray
+    rectangle: tuple[int, int, int, int]
+
+
+def cut_faces(photograph: np.ndarray, found: Found, how: Alignment, middle: bool) -> list[Cut]:
+    """The faces chosen on a photograph; its middle where there is none and `middle`; else none."""
+    cuts = []
+    for which in alignment.choose(found.faces, found.size, how.choose):
+        box = (0, 0, 0, 0) if how.template else alignment.rectangle(found.faces.boxes[which], found.size, how)
+        cuts.append(Cut(alignment.crop(photograph, found.faces, which, how), box))
+    if not cuts and middle:
+        height, width = found.size
+        half = max(int(_MIDDLE * min(height, width) / 2), 1)
+        box = (width // 2 - half, height // 2 - half, width // 2 + half, height // 2 + half)
+        box = (max(box[0], 0), max(box[1], 0), box[2], box[3])
+        cuts.append(Cut(images.resize(photograph[box[1] : box[3], box[0] : box[2]], how.size), box))
+    return cuts
+
+
+def _names(key: str, count: int, how: Alignment, ending: str) -> list[str]:
+    return [f"{key}{f'_{i}' if how.choose == 'all' else ''}.{ending}" for i in range(count)]
+
+
+def align_one(
+    pair: tuple[Photograph, Found], output: Path, how: Alignment, form: str, middle: bool, jpeg: str
+) -> tuple[list[tuple[str, tuple[int, int, int, int]]], str]:
+    """Writes a photograph's faces (aside, then renamed): ([(file, rectangle)], "" or what is wrong)."""
+    photograph, found = pair
+    if found.problem:
+        return [], found.problem
+    try:
+        pixels = images.open_photograph(photograph.read(), jpeg)
+        cuts = cut_faces(pixels, found, how, middle)
+    except (BadInput, OSError) as error:
+        return [], str(error)
+    written = []
+    for name, cut in zip(_names(photograph.key, len(cuts), how, "png" if form == "png" else "jpg"), cuts, strict=True):
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_bytes(images.encode(cut.pixels, form))
+        aside.rename(path)
+        written.append((name, cut.rectangle))
+    return written, "" if len(found.faces) else NO_FACE
+
+
+def in_processes(work: Any, things: list[Any], processes: int) -> Iterator[Any]:
+    """`work` over all, in order."""
+    if processes <= 1:
+        yield from map(work, things)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        window = 64 * processes
+        for start in range(0, len(things), window):
+            yield from pool.map(work, things[start : start + window], chunksize=8)
+
+
+def draw(photograph: np.ndarray, found: Found) -> np.ndarray:
+    """The photograph with boxes, scores and landmarks."""
+    canvas = np.ascontiguousarray(photograph.copy())
+    thick = max(1, min(canvas.shape[:2]) // 250)
+    for index, (box, score) in enumerate(zip(found.faces.boxes, found.faces.scores, strict=True)):
+        x1, y1, x2, y2 = (round(float(v)) for v in box)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), (60, 220, 60), thick)
+        cv2.putText(canvas, f"{score:.2f}", (x1, max(y1 - 3, 10)), cv2.FONT_HERSHEY_SIMPLEX, 0.4 * thick, (60, 220, 60), thick)
+        if found.faces.points is not None:
+            for x, y in found.faces.points[index]:
+                cv2.circle(canvas, (round(float(x)), round(float(y))), 2 * thick, (230, 60, 60), -1)
+    return canvas
+
+
+def align(
+    listed: list[Photograph], output: Path, what: Detection, how: Alignment, *, form: str = "png", middle: bool = False, processes: int = 1
+) -> dict[str, str]:
+    """Aligns a collection; returns what is wrong by key ("no face" among it). BadInput where `output` holds another alignment."""
+    described = {
+        "alignment": asdict(how),
+        "method": how.method,
+        "detection": asdict(what),
+        "form": form,
+        "no_face": "middle" if middle else "skip",
+    }
+    settings = output / "alignment.json"
+    if settings.exists() and json.loads(settings.read_text()) != json.loads(json.dumps(described)):
+        raise BadInput(f"{output} holds faces aligned otherwise ({settings}): choose another --output or delete it")
+    if not settings.exists() and output.exists() and any(output.iterdir()):
+        raise BadInput(f"{output} is not empty and not an alignment begun before: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    command_line.write_json(settings, described)
+    known = find_faces(listed, what, output / "faces.jsonl", processes)
+    work = partial(align_one, output=output, how=how, form=form, middle=middle, jpeg=what.jpeg)
+    problems, lines = {}, []
+    results = in_processes(work, [(p, known[p.key]) for p in listed], processes)
+    for photograph, (written, problem) in zip(
+        listed, tqdm(results, total=len(listed), unit="image", desc="cut", mininterval=2), strict=True
+    ):
+        if problem:
+            problems[photograph.key] = problem + (": its middle was cut" if written else ": left out")
+        lines += [f"{name} {' '.join(map(str, box))}\n" for name, box in written] or [f"{photograph.key}\n"]
+    aside = output / ".bounding_boxes.txt"
+    aside.write_text("".join(lines))
+    aside.rename(output / "bounding_boxes.txt")
+    command_line.write_json(output / "rejected.json", problems)
+    return problems
+
+
+def detection_of_flags() -> Detection:
+    """The detector's flags; fetches MTCNN's published weights where they are not in the cache."""
+    if FLAGS.detector == "mtcnn":
+        pretrained.fetch("mtcnn")
+    settings: dict[str, Any] = {}
+    if FLAGS.minimum_face:
+        settings["minimum"] = FLAGS.minimum_face
+    if FLAGS.thresholds:
+        if FLAGS.detector != "mtcnn" or len(FLAGS.thresholds) != 3:
+            raise BadInput("--thresholds are mtcnn's three, e.g. 0.6,0.7,0.7")
+        try:
+            settings["thresholds"] = tuple(float(t) for t in FLAGS.thresholds)
+        except ValueError as error:
+            raise BadInput(f"--thresholds: {error}") from None
+    if FLAGS.pyramid_factor:
+        settings["factor"] = FLAGS.pyramid_factor
+    return Detection(FLAGS.detector, tuple(sorted(settings.items())), FLAGS.jpeg)
+
+
+def alignment_of_flags(size: int) -> Alignment:
+    """The crop's flags."""
+    return Alignment(size, FLAGS.margin, FLAGS.margin_of, FLAGS.template, FLAGS.choose, FLAGS.detector)
+
+
+def define_flags() -> None:
+    """Flags that `align` and `prepare --align` share."""
+    flags.DEFINE_enum("layout", "auto", ["auto", *LAYOUTS], "How --input is laid out; auto tells by its name and content.")
+    flags.DEFINE_enum("detector", "mtcnn", ["mtcnn", "haar", "dlib_hog"], "Who finds the faces.")
+    flags.DEFINE_integer("minimum_face", 0, "Smallest face in pixels; 0 is the detector's own choice (mtcnn: 20).", lower_bound=0)
+    flags.DEFINE_list("thresholds", [], "mtcnn: least scores of its three stages (0.6,0.7,0.7).")
+    flags.DEFINE_float("pyramid_factor", 0, "mtcnn: from one pyramid level to the next (0.709).", 0, 1)
+    flags.DEFINE_integer("margin", 32, "Pixels added to the box's width and height.", lower_bound=0)
+    flags.DEFINE_enum("margin_of", "photograph", ["photograph", "crop"], "Whose pixels the margin counts (the original: the photograph's).")
+    flags.DEFINE_enum("template", "", ["", *alignment.TEMPLATES], "Warp landmarks onto this template instead of cutting by the box.")
+    flags.DEFINE_enum("choose", "largest_central", list(alignment.CHOICES), "Which face of a photograph.")
+    flags.DEFINE_enum("no_face", "skip", ["skip", "middle"], "A photograph without a face is left out, or its middle is cut.")
+    flags.DEFINE_enum("jpeg", "", ["", "ijg9"], "ijg9: decode as the original's Pillow did (needs requirements-legacy.txt).")
+
+
+def _flags() -> None:
+    define_flags()
+    flags.DEFINE_string("input", None, "Folder of folders, zip, tar, CSV, .rec.")
+    flags.DEFINE_string("output", None, "Directory of aligned faces to make.")
+    flags.DEFINE_integer("size", 160, "Side of a crop in pixels.", lower_bound=8)
+    flags.DEFINE_enum("form", "png", ["png", "jpeg"], "How crops are stored.")
+    flags.DEFINE_integer("draw", 0, "Also write so many photographs with boxes and landmarks, into OUTPUT.drawn.", lower_bound=0)
+    flags.DEFINE_integer("processes", 2, "Processes that decode and cut.", lower_bound=1)
+
+
+def main(_: list[str]) -> None:
+    """Command line."""
+    if not FLAGS.input or not FLAGS.output:
+        raise BadInput("--input and --output are needed")
+    command_line.use_compilation_cache()
+    listed = photographs(Path(FLAGS.input), FLAGS.layout)
+    output, what, how = Path(FLAGS.output), detection_of_flags(), alignment_of_flags(FLAGS.size)
+    problems = align(listed, output, what, how, form=FLAGS.form, middle=FLAGS.no_face == "middle", processes=FLAGS.processes)
+    if FLAGS.draw:
+        folder = output.with_name(f"{output.name}.drawn")
+        folder.mkdir(exist_ok=True)
+        known = find_faces(listed, what, output / "faces.jsonl")
+        for photograph in listed[: FLAGS.draw]:
+            if not known[photograph.key].problem:
+                drawn = draw(images.open_photograph(photograph.read()), known[photograph.key])
+                (folder / f"{photograph.key.replace('/', '_')}.jpg").write_bytes(images.encode(drawn))
+    for key, problem in problems.items():
+        print(f"{key}: {problem}")
+    print(json.dumps({"output": str(output), "photographs": len(listed), "rejected": len(problems)}))
+
+
+if __name__ == "__main__":
+    _flags()
+    command_line.run(main)
