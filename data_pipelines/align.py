@@ -6,11 +6,8 @@ Finds faces, cuts one of each photograph (or all), and writes a tree like the in
 
 import json
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from data_pipelines import images
 from data_pipelines.detected import Detection, Found, find_faces
 from data_pipelines.importers import Photograph
 from data_pipelines.importers.layouts import LAYOUTS, photographs
+from data_pipelines.processes import in_processes
 from facenet_jax import alignment, command_line
 from facenet_jax.alignment import Alignment
 from facenet_jax.apps import pretrained
@@ -82,17 +80,6 @@ def align_one(
         aside.rename(path)
         written.append((name, cut.rectangle))
     return written, "" if len(found.faces) else NO_FACE
-
-
-def in_processes(work: Any, things: list[Any], processes: int) -> Iterator[Any]:
-    """`work` over all, in order."""
-    if processes <= 1:
-        yield from map(work, things)
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        window = 64 * processes
-        for start in range(0, len(things), window):
-            yield from pool.map(work, things[start : start + window], chunksize=8)
 
 
 def draw(photograph: np.ndarray, found: Found) -> np.ndarray:
@@ -170,7 +157,7 @@ def alignment_of_flags(size: int) -> Alignment:
 
 def define_flags() -> None:
     """Flags that `align` and `prepare --align` share."""
-    flags.DEFINE_enum("layout", "auto", ["auto", *LAYOUTS], "How --input is laid out; auto tells by its name and content.")
+    flags.DEFINE_enum("layout", "auto", ["auto", *LAYOUTS], "How --input is laid out (docs/data.md); auto looks at it.")
     flags.DEFINE_enum("detector", "mtcnn", ["mtcnn", "haar", "dlib_hog"], "Who finds the faces.")
     flags.DEFINE_integer("minimum_face", 0, "Smallest face in pixels; 0 is the detector's own choice (mtcnn: 20).", lower_bound=0)
     flags.DEFINE_list("thresholds", [], "mtcnn: least scores of its three stages (0.6,0.7,0.7).")

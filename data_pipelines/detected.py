@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from data_pipelines import images
 from data_pipelines.importers import Photograph
+from data_pipelines.processes import in_processes
 from facenet_jax import detection
 from facenet_jax.detection import Detector, Faces
 from facenet_jax.errors import BadInput
@@ -101,22 +100,6 @@ def _windows(pixels: Iterator[np.ndarray | str], photographs: list[Photograph]) 
         yield held
 
 
-def opened(photographs: list[Photograph], jpeg: str, processes: int) -> Iterator[np.ndarray | str]:
-    """Pixels uint8 [h, w, 3] or a problem, in order, decoded by several processes a little ahead of who asks."""
-    work = partial(_open, jpeg=jpeg)
-    if processes <= 1:
-        yield from map(work, photographs)
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        step = 16 * processes
-        parts = [photographs[start : start + step] for start in range(0, len(photographs), step)]
-        pending = [pool.map(work, part, chunksize=4) for part in parts[:2]]
-        for index in range(len(parts)):
-            yield from pending.pop(0)
-            if index + 2 < len(parts):
-                pending.append(pool.map(work, parts[index + 2], chunksize=4))
-
-
 def find_faces(
     photographs: list[Photograph], what: Detection, journal: Path, processes: int = 1, detector: Detector | None = None
 ) -> dict[str, Found]:
@@ -130,7 +113,7 @@ def find_faces(
     if not journal.exists():
         journal.write_text(json.dumps(asdict(what)) + "\n")
     with journal.open("a") as file, tqdm(total=len(photographs), initial=len(known), unit="image", desc="detect", mininterval=2) as bar:
-        for window in _windows(opened(missing, what.jpeg, processes), missing):
+        for window in _windows(in_processes(partial(_open, jpeg=what.jpeg), missing, processes, chunk=2), missing):
             pixels = [p for _, p in window if not isinstance(p, str)]
             faces = iter(detector(pixels))
             for photograph, image in window:

@@ -40,7 +40,7 @@ def open_photograph(data: bytes, jpeg: str = "") -> np.ndarray:
                 raise BadInput(f"{image.width}x{image.height} pixels are too many (limit {MAX_PIXELS:,})")
             image.load()
             if jpeg and image.format == "JPEG" and image.mode == "RGB":
-                image = _ijg9(data, image)
+                return _to_rgb(ImageOps.exif_transpose(_ijg9(data, image)))
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise BadInput("not an image") from None

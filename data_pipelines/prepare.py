@@ -1,16 +1,15 @@
-"""Photographs to records: `python -m data_pipelines.prepare --input=faces.zip --output=records/faces`.
+"""Photographs to records: `python -m data_pipelines.prepare --input=faces.zip --output=records/faces [--align]`.
 
-Input: a folder per person, a zip or tar of such a folder, or a CSV with columns `image` and `identity`. Images are cut (--crops), resized
-(--size) and stored as JPEG 95; a JPEG or PNG that needs neither is stored as it came.
+Input: a folder per person, a zip or tar of such a folder, a CSV with columns `image` and `identity`, and other layouts (docs/data.md). Faces are
+found and cut (--align) or cut by given rectangles (--crops), images resized (--size) and stored as JPEG 95; a JPEG or PNG that needs none of that is
+stored as it came. Stopped while it looks for faces, the same command goes on where it was.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,41 +17,35 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines import images, records
+from data_pipelines.align import NO_FACE, alignment_of_flags, cut_faces, define_flags, detection_of_flags
+from data_pipelines.cleaning.exclusions import read_exclusions
+from data_pipelines.detected import NOTHING, Found, find_faces
 from data_pipelines.importers import Photograph
-from data_pipelines.importers.csv_file import csv_file
-from data_pipelines.importers.folders import folder, natural, tar_file, zip_file
+from data_pipelines.importers.folders import natural
+from data_pipelines.importers.layouts import photographs
+from data_pipelines.processes import in_processes
 from facenet_jax import command_line
+from facenet_jax.alignment import Alignment
 from facenet_jax.errors import NPZ_ERRORS, BadInput
 
 FLAGS = flags.FLAGS
 
 
+Rectangle = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Settings:
-    """size: output side in pixels, 0 to keep; form: "jpeg" or "png"; crops: rectangles (x1, y1, x2, y2) by key, None for whole images."""
+    """size: output side in pixels, 0 to keep; form: "jpeg" or "png"; alignment: how found faces are cut; middle: cut it where no face is."""
 
     size: int = 0
     form: str = "jpeg"
-    crops: dict[str, tuple[int, int, int, int]] | None = None
+    alignment: Alignment | None = None
+    middle: bool = False
+    jpeg: str = ""
 
 
-def photographs(path: Path) -> list[Photograph]:
-    """Reads the listing of whatever the path is."""
-    if path.is_dir():
-        return folder(path)
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder")
-    name = path.name.lower()
-    if name.endswith(".zip"):
-        return zip_file(path)
-    if name.endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
-        return tar_file(path)
-    if name.endswith(".csv"):
-        return csv_file(path)
-    raise BadInput(f"{path}: not a folder, zip, tar or csv")
-
-
-def read_crops(path: Path, key: str) -> dict[str, tuple[int, int, int, int]]:
+def read_crops(path: Path, key: str) -> dict[str, Rectangle]:
     """Rectangles from an .npz with `names` [n] and `key` [n, 4] (x1, y1, x2, y2), by name."""
     try:
         with np.load(path, allow_pickle=False) as data:
@@ -62,40 +55,34 @@ def read_crops(path: Path, key: str) -> dict[str, tuple[int, int, int, int]]:
     return {str(name): (int(box[0]), int(box[1]), int(box[2]), int(box[3])) for name, box in zip(names, boxes, strict=True)}
 
 
-def convert(photograph: Photograph, settings: Settings) -> tuple[bytes, str]:
-    """(image bytes, "") or (b"", what is wrong)."""
+def _cut(pixels: np.ndarray, where: Rectangle | Found | None, settings: Settings) -> np.ndarray:
+    """The part of a photograph that is stored; BadInput says why there is none."""
+    if isinstance(where, Found):
+        if where.problem:
+            raise BadInput(where.problem)
+        assert settings.alignment is not None
+        cuts = cut_faces(pixels, where, settings.alignment, settings.middle)
+        if not cuts:
+            raise BadInput(NO_FACE)
+        return cuts[0].pixels
+    cut = pixels if where is None else pixels[max(where[1], 0) : where[3], max(where[0], 0) : where[2]]
+    if min(cut.shape[:2]) < 8:
+        raise BadInput(f"{cut.shape[1]}x{cut.shape[0]} pixels are too few")
+    return images.resize(cut, settings.size) if settings.size else cut
+
+
+def convert(item: tuple[Photograph, Rectangle | Found | None], settings: Settings) -> tuple[bytes, str]:
+    """(image bytes, "") or (b"", what is wrong) of a photograph and where its face is (None: everywhere)."""
+    photograph, where = item
     try:
         data = photograph.read()
-        pixels = images.open_photograph(data)
-        cut = pixels
-        if settings.crops is not None:
-            box = settings.crops.get(photograph.key.rsplit("/", 1)[-1])
-            if box is None:
-                return b"", "no crop rectangle"
-            cut = pixels[max(box[1], 0) : box[3], max(box[0], 0) : box[2]]
-        if min(cut.shape[:2]) < 8:
-            return b"", f"{cut.shape[1]}x{cut.shape[0]} pixels are too few"
-        if settings.size:
-            cut = images.resize(cut, settings.size)
+        pixels = images.open_photograph(data, settings.jpeg)
+        cut = _cut(pixels, where, settings)
         if cut is pixels and images.is_plain(data) and images.decodes(data):
             return data, ""
         return images.encode(cut, settings.form), ""
     except (BadInput, OSError) as error:
         return b"", str(error)
-
-
-def converted(found: list[Photograph], settings: Settings, processes: int) -> Iterator[tuple[bytes, str]]:
-    """`convert` over all, in order, by several processes."""
-    work = partial(convert, settings=settings)
-    if processes <= 1:
-        yield from map(work, found)
-        return
-    # Fresh processes: one that forks after JAX has started its threads may hang.
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        # Futures in windows: submitting everything at once would hold every result in memory.
-        window = 64 * processes
-        for start in range(0, len(found), window):
-            yield from pool.map(work, found[start : start + window], chunksize=8)
 
 
 def splits_of(found: list[Photograph], held_out: int, split: str) -> tuple[list[str], dict[str, str]]:
@@ -117,11 +104,13 @@ def prepare(
     images_per_shard: int = 8192,
     processes: int = 1,
     reject_limit: float = 0.01,
+    where: Mapping[str, Rectangle | Found] | None = None,
     alignment: dict | None = None,
 ) -> dict:
     """Writes records and returns their metadata. Images that cannot be used are counted and listed in rejected.json.
 
-    BadInput, and nothing written, where more than the share `reject_limit` of the images cannot be used.
+    where: rectangles, or faces found, by key. BadInput, and nothing written, where more than the share `reject_limit` of the images cannot be
+    used; photographs without a face do not count among them.
     """
     people, split_of = splits_of(found, held_out, split)
     label_of = {person: label for label, person in enumerate(people)}
@@ -129,13 +118,14 @@ def prepare(
     shards = {split: max(1, -(-count // images_per_shard)) for split, count in sorted(counts.items())}
     rejected: dict[str, str] = {}
     with records.Writer(output, output.name, shards) as writer:
-        results = converted(found, settings, processes)
+        items = [(p, None if where is None else where[p.key]) for p in found]
+        results = in_processes(partial(convert, settings=settings), items, processes)
         for photograph, (data, problem) in zip(
             found, tqdm(results, total=len(found), unit="image", desc="prepare", mininterval=2), strict=True
         ):
             if problem:
                 rejected[photograph.key] = problem
-                if len(rejected) > reject_limit * len(found):
+                if sum(why != NO_FACE for why in rejected.values()) > reject_limit * len(found):
                     raise BadInput(
                         f"{len(rejected)} of the first images cannot be used (the last: {photograph.key}: {problem}); "
                         f"--reject_limit={reject_limit} allows a share of {reject_limit:g}"
@@ -148,8 +138,28 @@ def prepare(
         return writer.finish(described)
 
 
+def taken(found: list[Photograph], lists: list[str]) -> list[Photograph]:
+    """Without what the lists of `data_pipelines.clean` leave out; BadInput where they name nothing of this collection."""
+    exclusions = read_exclusions(*map(Path, lists))
+    kept = [p for p in found if not exclusions.excluded(p.key, p.identity)]
+    if lists:
+        if len(kept) == len(found):
+            raise BadInput(f"--exclude={','.join(lists)} names no image and no person of the input: is it another data set's?")
+        print(f"left out {len(found) - len(kept)} images that --exclude names", flush=True)
+    return kept
+
+
+def crops_by_key(found: list[Photograph], crops: dict[str, Rectangle]) -> dict[str, Rectangle | Found]:
+    """By the names' last parts, which the original's files go by."""
+    nothing = Found((0, 0), NOTHING, "no crop rectangle")
+    return {p.key: crops.get(p.key.rsplit("/", 1)[-1], nothing) for p in found}
+
+
 def _flags() -> None:
-    flags.DEFINE_string("input", None, "Folder of folders, zip, tar or CSV.")
+    define_flags()
+    flags.DEFINE_string("input", None, "Folder of folders, zip, tar, CSV or .rec.")
+    flags.DEFINE_bool("align", False, "Find faces and cut them (the flags of data_pipelines.align; --size is 160 if not given).")
+    flags.DEFINE_list("exclude", [], "Lists of images and people to leave out, as data_pipelines.clean writes them.")
     flags.DEFINE_string("output", None, "Directory of records to make.")
     flags.DEFINE_string("reindex", None, "Instead: make the indices of this directory of records anew.")
     flags.DEFINE_integer("size", 0, "Side of the stored images in pixels; 0 keeps them as they are.", lower_bound=0)
@@ -175,17 +185,32 @@ def main(_: list[str]) -> None:
         return
     if not FLAGS.input or not FLAGS.output:
         raise BadInput("--input and --output are needed (or --reindex)")
-    crops = read_crops(Path(FLAGS.crops), FLAGS.crops_key) if FLAGS.crops else None
-    alignment = {"method": FLAGS.alignment or (f"{FLAGS.crops_key} of {Path(FLAGS.crops).name}" if crops else "as given")}
+    if FLAGS.align and (FLAGS.crops or FLAGS.choose == "all"):
+        raise BadInput("--align cuts one face of each photograph by itself: leave out --crops, and --choose=all")
+    output = Path(FLAGS.output)
+    found = taken(photographs(Path(FLAGS.input), FLAGS.layout), FLAGS.exclude)
+    settings = Settings(FLAGS.size, FLAGS.form, jpeg=FLAGS.jpeg)
+    where: Mapping[str, Rectangle | Found] | None = None
+    alignment: dict = {"method": FLAGS.alignment or "as given"}
+    if FLAGS.align:
+        command_line.use_compilation_cache()
+        how, what = alignment_of_flags(FLAGS.size or 160), detection_of_flags()
+        settings = Settings(how.size, FLAGS.form, how, FLAGS.no_face == "middle", FLAGS.jpeg)
+        where = find_faces(found, what, output.with_name(f"{output.name}.faces.jsonl"), FLAGS.processes)
+        alignment = {"method": how.method, **asdict(how), "detection": asdict(what)}
+    elif FLAGS.crops:
+        where = crops_by_key(found, read_crops(Path(FLAGS.crops), FLAGS.crops_key))
+        alignment = {"method": FLAGS.alignment or f"{FLAGS.crops_key} of {Path(FLAGS.crops).name}"}
     metadata = prepare(
-        photographs(Path(FLAGS.input)),
-        Path(FLAGS.output),
-        Settings(FLAGS.size, FLAGS.form, crops),
+        found,
+        output,
+        settings,
         split=FLAGS.split,
         held_out=FLAGS.validation_people,
         images_per_shard=FLAGS.images_per_shard,
         processes=FLAGS.processes,
         reject_limit=FLAGS.reject_limit,
+        where=where,
         alignment=alignment,
     )
     for key, problem in metadata["rejected"].items():

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path, PurePosixPath
 
-from data_pipelines.importers import Photograph
+from data_pipelines.importers import Photograph, distinct
 from facenet_jax.errors import BadInput
 
 
@@ -13,6 +13,8 @@ def csv_file(path: Path, image_column: str = "image", identity_column: str = "id
         return _rows(path, image_column, identity_column)
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    except csv.Error as error:
+        raise BadInput(f"{path}: not a CSV file ({error})") from None
 
 
 def _rows(path: Path, image_column: str, identity_column: str) -> list[Photograph]:
@@ -26,10 +28,12 @@ def _rows(path: Path, image_column: str, identity_column: str) -> list[Photograp
             image, identity = row[image_column], row[identity_column]
             if not image or not identity:
                 raise BadInput(f"{path}: line {rows.line_num} has an empty {image_column!r} or {identity_column!r}")
+            if "\0" in image:
+                raise BadInput(f"{path}: line {rows.line_num}: a file's name cannot hold a zero byte")
             key = str(PurePosixPath(image).with_suffix(""))
             if key in photographs:
                 raise BadInput(f"{path}: line {rows.line_num}: {image} is there twice")
             photographs[key] = Photograph(key, identity, (path.parent / image).read_bytes)
     if not photographs:
         raise BadInput(f"{path}: no rows")
-    return list(photographs.values())
+    return distinct(list(photographs.values()), path)

@@ -1,52 +1,122 @@
-"""A folder per person, as a directory or inside a zip or tar file."""
+"""A folder per person, as a directory or inside a zip or tar file; what other importers need to list these."""
 
 import atexit
 import bz2
 import gzip
 import lzma
+import os
+import posixpath
 import re
 import shutil
 import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
-from data_pipelines.importers import Photograph
+from data_pipelines.importers import Photograph, distinct, left_out
 from facenet_jax.errors import BadInput
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+
+Reader = Callable[[], bytes]
+Listed = Iterable[tuple[PurePosixPath, Reader | None]]
+"""Paths below a folder or in an archive, each with what reads it; None for a folder."""
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which "9" comes before "10"."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _photograph(path: PurePosixPath, read) -> Photograph | None:
-    """None for what is not an image in a person's folder (hidden files, lists, files at the top)."""
-    if path.suffix.lower() not in ENDINGS or len(path.parts) < 2 or any(part.startswith((".", "__MACOSX")) for part in path.parts):
-        return None
-    return Photograph(f"{path.parent.name}/{path.stem}", path.parent.name, read)
+def visible(path: PurePosixPath) -> bool:
+    """False for hidden files and for what macOS adds to archives."""
+    return not any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _sorted(found: list[Photograph | None], where: Path) -> list[Photograph]:
-    photographs = sorted((p for p in found if p), key=lambda p: (natural(p.identity), natural(p.key)))
+def _people(listed: Listed, where: Path) -> list[Photograph]:
+    """Images in their people's folders; what else is there is named on stderr."""
+    photographs, others, strays = [], [], []
+    folders: set[PurePosixPath] = set()
+    holding: set[PurePosixPath] = set()
+    for path, read in listed:
+        if not visible(path):
+            continue
+        if read is None:
+            folders.add(path)
+        elif path.suffix.lower() not in ENDINGS:
+            others.append(str(path))
+            folders.add(path.parent)
+        elif len(path.parts) < 2:
+            strays.append(str(path))
+        else:
+            person = path.parent
+            photographs.append(Photograph(f"{person.name}/{path.stem}", person.name, read))
+            holding.add(person)
     if not photographs:
         raise BadInput(f"{where}: no images in folders (one folder a person: name/picture.jpg)")
+    holding |= {above for path in holding for above in path.parents}
+    left_out(where, "folders without an image", [str(path) for path in folders - holding])
+    left_out(where, "images outside of a person's folder", strays)
+    left_out(where, "files whose ending is not an image's", others)
+    photographs.sort(key=lambda p: (natural(p.identity), natural(p.key)))
     seen: set[str] = set()
     for photograph in photographs:
         if photograph.key in seen:
             raise BadInput(f"{where}: two images are called {photograph.key}: names must differ by more than their ending or parent folder")
         seen.add(photograph.key)
-    return photographs
+    return distinct(photographs, where)
 
 
-def folder(root: Path) -> list[Photograph]:
-    """root/person/picture.jpg, also deeper; symbolic links to directories are not followed."""
-    found = [_photograph(PurePosixPath(p.relative_to(root).as_posix()), p.read_bytes) for p in root.rglob("*") if p.is_file()]
-    return _sorted(found, root)
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise BadInput(f"{directory}: cannot be listed ({error.strerror}): change its permissions or move it elsewhere") from None
+
+
+def _walk(root: Path) -> Listed:
+    """Everything below root that is not hidden.
+
+    A link to a folder is followed after all that needs no link, and not where it leads to a folder that is listed already or holds the
+    root: no loop is walked twice, no photograph taken twice. Links that lead nowhere are listed as files: reading them tells why.
+    """
+    seen = {_inode(parent) for parent in root.resolve().parents}
+    again: list[str] = []
+    odd: list[str] = []
+    starts = [root]
+    for start in starts:
+        directories = [start]
+        for directory in directories:
+            if _inode(directory) in seen:
+                again.append(directory.relative_to(root).as_posix())
+                continue
+            seen.add(_inode(directory))
+            for entry in _entries(directory):
+                path = directory / entry.name
+                place = PurePosixPath(path.relative_to(root).as_posix())
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(path)
+                    yield place, None
+                elif os.path.isdir(path):
+                    starts.append(path)
+                elif entry.is_file(follow_symlinks=False) or os.path.isfile(path) or not os.path.exists(path):
+                    yield place, path.read_bytes
+                else:
+                    odd.append(str(place))
+    left_out(root, "links to folders that are listed already", again)
+    left_out(root, "things that are no files", odd)
 
 
 @lru_cache(1)
@@ -58,19 +128,18 @@ def _zip(path: Path) -> zipfile.ZipFile:
 def _zip_member(path: Path, name: str) -> bytes:
     try:
         return _zip(path).read(name)
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, KeyError, ValueError) as error:
         raise BadInput(f"damaged in its zip file ({error})") from None
+    except RuntimeError as error:  # also a method of compression that Python does not have
+        raise BadInput(f"cannot be read from its zip file ({error})") from None
 
 
-def zip_file(path: Path) -> list[Photograph]:
-    """The same layout in a zip file, read without unpacking."""
+def _zip_members(path: Path) -> Listed:
     try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+        infos = zipfile.ZipFile(path).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise BadInput(f"{path}: {error}") from None
-    return _sorted(
-        [_photograph(PurePosixPath(info.filename), partial(_zip_member, path, info.filename)) for info in archive.infolist()], path
-    )
+    return [(PurePosixPath(i.filename), None if i.filename.endswith("/") else partial(_zip_member, path, i.filename)) for i in infos]
 
 
 def _tar_slice(plain: Path, offset: int, size: int) -> bytes:
@@ -103,14 +172,41 @@ def _is_plain(path: Path) -> bool:
         return False
 
 
-def tar_file(path: Path) -> list[Photograph]:
-    """The same layout in a tar file; a compressed one is unpacked into the temporary directory while it is read."""
+def _no_file(target: str) -> bytes:
+    raise BadInput(f"a link to {target}, which is no file of its tar file" if target else "no file, but a pipe or device")
+
+
+def _tar_members(path: Path) -> Listed:
+    """Members of a plain or compressed tar; a compressed one is unpacked into the temporary directory while it is read."""
     try:
         # Unpacked here, by the process that outlives its workers: they read slices of the same file.
         plain = path if _is_plain(path) else _unpacked(path)
         with tarfile.open(plain, "r:") as archive:
-            members = [m for m in archive if m.isfile()]
+            members = archive.getmembers()
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: {error}") from None
-    readers = [partial(_tar_slice, plain, m.offset_data, m.size) for m in members]
-    return _sorted([_photograph(PurePosixPath(m.name), read) for m, read in zip(members, readers, strict=True)], path)
+    files = {posixpath.normpath(m.name): m for m in members if m.isfile()}
+    for member in members:
+        # A link of the archive to another of its files is that file's bytes; tar writes hard links from the archive's root.
+        start = "" if member.islnk() else posixpath.dirname(member.name)
+        file = files.get(posixpath.normpath(posixpath.join(start, member.linkname))) if member.islnk() or member.issym() else member
+        if file is not None and file.isfile():
+            yield PurePosixPath(member.name), partial(_tar_slice, plain, file.offset_data, file.size)
+        else:
+            yield PurePosixPath(member.name), None if member.isdir() else partial(_no_file, member.linkname)
+
+
+def listed(path: Path) -> Listed:
+    """What a directory, zip or tar holds; BadInput for other files."""
+    if path.is_dir():
+        return _walk(path)
+    if path.name.lower().endswith(".zip"):
+        return _zip_members(path)
+    if path.name.lower().endswith(TAR_ENDINGS):
+        return _tar_members(path)
+    raise BadInput(f"{path}: not a folder, zip or tar")
+
+
+def folders(path: Path) -> list[Photograph]:
+    """person/picture.jpg, also deeper, in a directory, a zip (read without unpacking) or a tar, also compressed; by person and name."""
+    return _people(listed(path), path)

@@ -37,7 +37,7 @@ class Settings:
     minimum: int = 20
     thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
     factor: float = 0.709
-    proposals: int = 512
+    proposals: int = 256
     candidates: int = 512
     refined: int = 128
 
@@ -74,24 +74,65 @@ def _take(values: Array, places: Array) -> Array:
     return jnp.take_along_axis(values, places[..., None], 1)
 
 
-def _propose(
-    params: Any, columns: Array, sizes: Array, level_sizes: Array, scale: float, canvas: tuple[int, int], settings: Settings
-) -> tuple:
-    """One pyramid level: (boxes [b, k, 4], corrections [b, k, 4], scores [b, k], -inf where suppressed)."""
-    small = resample.shrink(columns, sizes, level_sizes, canvas)
-    score, correction = PNet().apply({"params": params}, _standardise(small), level_sizes)
-    cells = (level_sizes - _CELL + 1) // _STRIDE + 1  # of odd sides the last pool is half empty
-    row, column = jnp.arange(score.shape[1]), jnp.arange(score.shape[2])
-    there = (row < cells[:, :1])[:, :, None] & (column < cells[:, 1:])[:, None] & (level_sizes[:, :1, None] >= _CELL)
-    score = jnp.where(there & (score >= settings.thresholds[0]), score, -jnp.inf)
+def _mosaic(parts: list[Array]) -> tuple[Array, list[tuple[int, int]]]:
+    """Pyramid levels [h, w, ...] in one array, the two largest side by side and the others below them; and where each begins."""
+    shelves = [shelf for shelf in (parts[:2], parts[2:]) if shelf]
+    width = max(sum(part.shape[1] for part in shelf) for shelf in shelves)
+    rows, places, top = [], [], 0
+    for shelf in shelves:
+        height, left, filled = max(part.shape[0] for part in shelf), 0, []
+        for part in shelf:
+            places.append((top, left))
+            filled.append(jnp.pad(part, [(0, height - part.shape[0]), (0, 0), *[(0, 0)] * (part.ndim - 2)]))
+            left += part.shape[1]
+        row = jnp.concatenate(filled, 1)
+        rows.append(jnp.pad(row, [(0, 0), (0, width - left), *[(0, 0)] * (row.ndim - 2)]))
+        top += height
+    return jnp.concatenate(rows), places
+
+
+def _propose(params: Any, columns: Array, size: Array, level_sizes: Array, scales: tuple[float, ...], settings: Settings) -> tuple:
+    """The first stage of one photograph: (boxes [k, 4], corrections [k, 4], scores [k], -inf where suppressed), level after level."""
+    even = lambda side, scale: -(-int(np.ceil(side * scale)) // 2) * 2
+    canvases = [(even(columns.shape[0] - 1, scale), even(columns.shape[1], scale)) for scale in scales]
+    levels = [resample.shrink(columns, size, out, canvas) for out, canvas in zip(level_sizes, canvases)]
+    picture, places = _mosaic(levels)
+    inside, _ = _mosaic([_before(canvas, out - 2) for canvas, out in zip(canvases, level_sizes)])
+    maps: Any = PNet().apply({"params": params}, _standardise(picture)[None], inside[None])
     # x before y, as the original lists them: it decides among equal scores.
-    flat = lambda a: a.swapaxes(1, 2).reshape(a.shape[0], -1, *a.shape[3:])
-    found, places = _best(flat(score), settings.proposals)
-    x, y = jnp.divmod(places, score.shape[1])
-    corner = _STRIDE * jnp.stack([x, y], -1)
+    scores, corrections = (a[0].swapaxes(0, 1) for a in maps)
+    found = [
+        _windows(scores, corrections, place, canvas, out, scale, settings)
+        for place, canvas, out, scale in zip(places, canvases, level_sizes, scales, strict=True)
+    ]
+    box, correction, score = (jnp.stack(parts) for parts in zip(*found, strict=True))
+    score = jnp.where(boxes.suppress(box, score, 0.5, False), score, -jnp.inf)
+    return box.reshape(-1, 4), correction.reshape(-1, 4), score.reshape(-1)
+
+
+def _windows(
+    scores: Array, corrections: Array, place: tuple[int, int], canvas: tuple[int, int], out: Array, scale: float, settings: Settings
+) -> tuple[Array, Array, Array]:
+    """The best windows of the level at `place` in a mosaic's maps [x, y]: boxes [k, 4], corrections [k, 4], scores [k], k = settings.proposals."""
+    high, wide = (side // _STRIDE - 5 for side in canvas)
+    top, left = (side // _STRIDE for side in place)
+    score, correction = (a[left : left + wide, top : top + high] for a in (scores, corrections))
+    # Of odd sides the last pool is half empty.
+    there = _before((wide, high), ((out - _CELL + 1) // _STRIDE + 1)[::-1]) & (out >= _CELL).all()
+    score, cell = _best(jnp.where(there & (score >= settings.thresholds[0]), score, -jnp.inf).reshape(1, -1), settings.proposals)
+    corner = _STRIDE * jnp.stack(jnp.divmod(cell[0], high), -1)
     box = jnp.concatenate([_fix((corner + 1) / scale), _fix((corner + _CELL) / scale)], -1)
-    keep = boxes.suppress(box, found, 0.5, False)
-    return box, _take(flat(correction), places), jnp.where(keep, found, -jnp.inf)
+    fill = (0, settings.proposals - len(box))
+    return (
+        jnp.pad(box, (fill, (0, 0))),
+        jnp.pad(correction.reshape(-1, 4)[cell[0]], (fill, (0, 0))),
+        jnp.pad(score[0], fill, constant_values=-jnp.inf),
+    )
+
+
+def _before(canvas: tuple[int, ...], size: Array) -> Array:
+    """[*canvas] bool: the places within `size` [2]."""
+    return (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])[None]
 
 
 def _in_chunks(function: Any, owner: Array, box: Array, valid: Array, chunk: int, outputs: int) -> Array:
@@ -117,11 +158,10 @@ def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, s
     """photographs uint8 [b, h, w, 3] on black canvases, sizes [b, 2], level_sizes [b, levels, 2] (0: no such level) -> boxes, scores, points, valid."""
     count = photographs.shape[0]
     columns, corners = resample.running_sums(photographs)
-    levels = []
-    for index, scale in enumerate(scales):
-        height, width = (-(-int(np.ceil(side * scale)) // 2) * 2 for side in photographs.shape[1:3])
-        levels.append(_propose(params["pnet"], columns, sizes, level_sizes[:, index], scale, (height, width), settings))
-    box, correction, score = (jnp.concatenate(parts, 1) for parts in zip(*levels, strict=True))
+    # A CPU keeps one photograph's maps in its cache; an accelerator wants them all.
+    together = 1 if jax.default_backend() == "cpu" else count
+    propose = lambda one: _propose(params["pnet"], one[0], one[1], one[2], scales, settings)
+    box, correction, score = lax.map(propose, (columns, sizes, level_sizes), batch_size=together)
 
     # Of equal scores the original's sort takes the later one.
     score, places = _best(score, settings.candidates)

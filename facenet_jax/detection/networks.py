@@ -31,8 +31,8 @@ class _ConvPool(nn.Module):
     features: int = 10
 
     @nn.compact
-    def __call__(self, x: Array, sizes: Array) -> Array:
-        """x [b, h, w, 3] with even h and w, sizes [b, 2] (height, width that count) -> [b, h / 2 - 1, w / 2 - 1, features]."""
+    def __call__(self, x: Array, inside: Array) -> Array:
+        """x [b, h, w, 3] with even h and w, inside [b, h, w] bool: where a 3x3 window may begin -> [b, h / 2 - 1, w / 2 - 1, features]."""
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (3, 3, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         slope = self.param("slope", nn.initializers.constant(0.25), (self.features,), jnp.float32)
@@ -44,22 +44,22 @@ class _ConvPool(nn.Module):
         y = y.reshape(*y.shape[:3], 4, self.features) + bias
         y = jnp.where(y > 0, y, y * slope)
         # A pool at the edge of an odd map holds places beyond it.
-        rows = 2 * jnp.arange(y.shape[1])[:, None] + jnp.asarray([i for i, _ in places])
-        columns = 2 * jnp.arange(y.shape[2])[:, None] + jnp.asarray([j for _, j in places])
-        inside = (rows < sizes[:, :1, None] - 2)[:, :, None] & (columns < sizes[:, 1:, None] - 2)[:, None]
-        return jnp.where(inside[..., None], y, -jnp.inf).max(3)
+        rows, columns = 2 * y.shape[1], 2 * y.shape[2]
+        placed = inside[:, :rows, :columns].reshape(-1, y.shape[1], 2, y.shape[2], 2).transpose(0, 1, 3, 2, 4).reshape(*y.shape[:4])
+        return jnp.where(placed[..., None], y, -jnp.inf).max(3)
 
 
 class PNet(nn.Module):
-    """Proposals: standardised canvases [b, h, w, 3] (even h, w), sizes [b, 2] -> (face score [b, h', w'], box corrections [b, h', w', 4]).
+    """Proposals: standardised images [b, h, w, 3] (even h, w), inside [b, h, w] -> (face score [b, h', w'], box corrections [b, h', w', 4]).
 
-    A cell at (y, x) looks at the 12x12 window at (2y, 2x). Cells beyond an image's size hold nonsense.
+    Several images may lie in one; `inside` says where a 3x3 window has all its pixels in one of them. A cell at (y, x) looks at the 12x12 window
+    at (2y, 2x), and means nothing where that window is not in one image (an odd side counts as one more).
     """
 
     @nn.compact
-    def __call__(self, x: Array, sizes: Array) -> tuple[Array, Array]:
-        x = _ConvPool(name="conv1")(x, sizes)
-        # Nothing of a canvas beyond its image may be infinite: 0 * inf.
+    def __call__(self, x: Array, inside: Array) -> tuple[Array, Array]:
+        x = _ConvPool(name="conv1")(x, inside)
+        # Nothing between the images may be infinite: 0 * inf.
         x = jnp.where(jnp.isfinite(x), x, 0)
         x = _PReLU(name="prelu2")(Conv(16, 3, 1, "VALID", True, name="conv2")(x))
         x = _PReLU(name="prelu3")(Conv(32, 3, 1, "VALID", True, name="conv3")(x))
@@ -110,9 +110,9 @@ def _flatten(x: Array) -> Array:
 def variables_shapes() -> dict[str, dict]:
     """{"pnet": variables as shapes, "rnet": ..., "onet": ...}."""
     key = jax.random.key(0)
-    sizes = jnp.zeros((1, 2), jnp.int32)
+    inside = jnp.zeros((1, 16, 16), bool)
     return {
-        "pnet": jax.eval_shape(PNet().init, key, jnp.zeros((1, 16, 16, 3)), sizes)["params"],
+        "pnet": jax.eval_shape(PNet().init, key, jnp.zeros((1, 16, 16, 3)), inside)["params"],
         "rnet": jax.eval_shape(RNet().init, key, jnp.zeros((1, 24, 24, 3)))["params"],
         "onet": jax.eval_shape(ONet().init, key, jnp.zeros((1, 48, 48, 3)))["params"],
     }

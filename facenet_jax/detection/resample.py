@@ -36,11 +36,10 @@ def _shares(start: Array, end: Array, size: int) -> Array:
     return jnp.maximum(covered, 0) / jnp.maximum(end - start, 1e-6)[:, None]
 
 
-@partial(jax.vmap, in_axes=(0, 0, 0, None))
 def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int]) -> Array:
-    """Resized photographs, rounded to whole values as OpenCV does with bytes.
+    """A photograph resized, rounded to whole values as OpenCV does with bytes.
 
-    columns [b, h + 1, w, 3]: running sums down each column, from 0; size, out [b, 2]: height and width that count, before and after -> [b, *canvas, 3];
+    columns [h + 1, w, 3]: running sums down each column, from 0; size, out [2]: height and width that count, before and after -> [*canvas, 3];
     what lies beyond `out` is nonsense.
     """
     out = jnp.maximum(out, 1)

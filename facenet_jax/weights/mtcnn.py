@@ -26,7 +26,7 @@ _LIMIT = 64 << 20  # bytes; the three files together hold 2 MB
 
 
 # The one written in Python: its methods can be replaced.
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_Unpickler: Any = pickle._Unpickler
 
 
 class _Inert(_Unpickler):

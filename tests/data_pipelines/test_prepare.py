@@ -135,8 +135,10 @@ def test_crops_resize_and_held_out_people(tmp_path):
     root = people(tmp_path / "faces", (("p1", 2), ("p2", 2), ("p10", 2)))
     np.savez(tmp_path / "crops.npz", names=["p1_0", "p1_1", "p2_0", "p2_1", "p10_0"], boxes=np.asarray([[2, 3, 12, 15]] * 5))
     crops = prepare.read_crops(tmp_path / "crops.npz", "boxes")
-    settings = prepare.Settings(size=16, form="png", crops=crops)
-    metadata = prepare.prepare(prepare.photographs(root), tmp_path / "out", settings, held_out=1, reject_limit=0.2)
+    settings = prepare.Settings(size=16, form="png")
+    found = prepare.photographs(root)
+    where = prepare.crops_by_key(found, crops)
+    metadata = prepare.prepare(found, tmp_path / "out", settings, held_out=1, reject_limit=0.2, where=where)
     assert metadata["rejected"] == {"p10/p10_1": "no crop rectangle"}
     assert metadata["identities"] == ["p1", "p2", "p10"]
     assert set(read(tmp_path / "out", "validation")) == {"p10/p10_0"}

@@ -1,0 +1,210 @@
+"""Compile a config's train step for TPUs that one does not have, and say what it asks of them: `python -m experiments.aot_compile --config=... --topology=v5e:4x4,v5e:16x16`.
+
+Needs `pip install -r requirements-aot.txt` (libtpu; no TPU). One topology a process; several are compiled one after another.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import roofline
+from facenet_jax import command_line, models, parallel
+from facenet_jax.errors import BadInput
+from facenet_jax.losses.classification import Softmax
+from facenet_jax.losses.triplet import Triplet
+from facenet_jax.preprocessing import Preprocessing
+from facenet_jax.training import optimizers, schedules, step
+
+FLAGS = flags.FLAGS
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Devices of a topology like v5e:4x4; BadInput for one that the compiler does not know."""
+    roofline.chip_of(topology)
+    # Without these, libtpu asks the metadata server of a cloud machine, and takes the lock of a TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise BadInput("compiling for a TPU needs libtpu: pip install -r requirements-aot.txt") from None
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:
+        raise BadInput(f"topology {topology!r}: {str(error).splitlines()[0][:200]}") from None
+
+
+def rows_of(config: ConfigDict, devices: int, rows_per_device: int) -> int:
+    """The global batch: the config's, or so many rows a device."""
+    if not rows_per_device:
+        return config.batch.people * config.batch.images_per_person
+    rows = rows_per_device * devices
+    if rows % config.batch.images_per_person:
+        raise BadInput(f"{rows} rows do not divide into people of {config.batch.images_per_person} images: change --rows_per_device")
+    return rows
+
+
+def lower(config: ConfigDict, devices: list[Any], rows: int, classes: int) -> Any:
+    """The very train step of `experiments.train`, lowered for a mesh of those devices."""
+    mesh = parallel.make_mesh(devices)
+    parallel.check_divides(mesh, rows, config.batch.microbatches)
+    model_arguments = {key: value for key, value in config.model.items() if key not in ("name", "size", "standardisation")}
+    model = models.create(config.model.name, **model_arguments)
+    triplet = softmax = None
+    if config.triplet.weight > 0:
+        triplet = Triplet(max_images=config.batch.images_per_person, **{k: v for k, v in config.triplet.items() if k != "weight"})
+    if config.softmax.weight > 0:
+        softmax = Softmax(classes, **{k: v for k, v in config.softmax.items() if k != "weight"})
+    objective = step.Objective(triplet, softmax, config.triplet.weight, config.softmax.weight)
+    settings = optimizers.Optimizer(**{key: config.optimizer[key] for key in ("name", "weight_decay", "clip", "moving_average")})
+    schedule = schedules.create(
+        config.optimizer.schedule,
+        config.optimizer.learning_rate,
+        config.steps,
+        warmup=config.optimizer.warmup,
+        epoch_steps=config.optimizer.epoch_steps,
+    )
+    optimizer = optimizers.create(settings, schedule)
+    size = config.model.size
+    make = lambda: step.initial_state(model, objective, optimizer, settings, size, config.seed)
+    whole, cut = parallel.replicated(mesh), parallel.batch_sharded(mesh)
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(make))
+    batch = {
+        "image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8, sharding=cut),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut),
+    }
+    preprocessing = Preprocessing(size, config.model.standardisation)
+    train_step = step.make_train_step(
+        model, preprocessing, objective, optimizer, settings, schedule, mesh, config.seed, config.batch.microbatches
+    )
+    return train_step.lower(state, batch)
+
+
+def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes: int, hlo: Path | None = None) -> dict[str, Any]:
+    """One topology's figures (DESIGN.md's keys); BadInput where the step does not fit the chip's memory, and by how much."""
+    devices = topology_devices(topology)
+    chip = roofline.chip_of(topology)
+    rows = rows_of(config, len(devices), rows_per_device)
+    lowered = lower(config, devices, rows, classes)
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "hbm" not in text.lower():
+            raise
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm.*?by ([\d.]+\w)", text, re.DOTALL)
+        told = f"it needs {used[1]} of {used[2]}, {used[3]} too much" if used else text.splitlines()[0][:200]
+        raise BadInput(f"{topology}: the step does not fit a chip's memory: {told}; fewer rows a device, or batch.microbatches") from None
+    seconds = time.perf_counter() - started
+    text = compiled.as_text()
+    if hlo is not None:
+        hlo.write_text(text)
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    if peak > chip.capacity / chip.devices:
+        over = peak - chip.capacity / chip.devices
+        raise BadInput(f"{topology}: the step needs {peak / 2**30:.2f} GiB a device, {over / 2**30:.2f} GiB more than it has")
+    operations = roofline.collectives(text)
+    limits = roofline.roofline(chip, cost["flops"], cost["bytes accessed"], roofline.network_bytes(operations, len(devices)))
+    return {
+        "topology": topology,
+        "chips": len(devices) // chip.devices,
+        "global_batch": rows,
+        "flops_per_chip": cost["flops"] * chip.devices,
+        "hbm_bytes_per_chip": cost["bytes accessed"] * chip.devices,
+        "peak_hbm_bytes": peak * chip.devices,
+        "collectives": operations,
+        "roofline": limits.to_json(),
+        "predicted_images_per_s": rows / limits.step_s,
+        "compile_s": seconds,
+        "bytes_per_image": cost["bytes accessed"] * len(devices) / rows,
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    limits = found["roofline"]
+    network = sum(entry["bytes"] for entry in found["collectives"])
+    return (
+        f"{found['topology']:>12} {found['chips']:>5} {found['global_batch']:>7} {found['flops_per_chip'] / 1e12:>9.3f} {found['hbm_bytes_per_chip'] / 1e9:>8.2f} "
+        f"{found['bytes_per_image'] / 1e6:>9.1f} {found['peak_hbm_bytes'] / 2**30:>9.2f} {network / 1e6:>8.1f} {1e3 * limits['compute_s']:>8.2f} "
+        f"{1e3 * limits['memory_s']:>8.2f} {1e3 * limits['network_s']:>8.2f} {limits['bound_by']:>8} {found['predicted_images_per_s']:>10.0f} {found['compile_s']:>8.0f}"
+    )
+
+
+HEADER = (
+    "    topology chips   batch TFLOP/chip GB/chip  MB/image peak GiB  net MB  compute   memory  network bound by   images/s compile s\n"
+    "                                                                                  ms       ms       ms"
+)
+
+
+def compile_all(config_path: str, topologies: list[str], arguments: list[str]) -> list[dict[str, Any]]:
+    """Each in a process of its own, because libtpu keeps what it has of the first."""
+    found = []
+    print(HEADER, flush=True)
+    for topology in topologies:
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.aot_compile",
+            f"--config={config_path}",
+            f"--topology={topology}",
+            "--one",
+            *arguments,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BadInput((done.stderr.strip().splitlines() or ["the compiler ended without a word"])[-1].removeprefix("error: "))
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(describe(found[-1]), flush=True)
+    return found
+
+
+def _flags() -> None:
+    config_flags.DEFINE_config_file(
+        "config", "experiments/configs/facenet.py", "Config file (a path), and its settings by --config.key=value."
+    )
+    flags.DEFINE_list("topology", [], "One or several, e.g. v5e:4x4,v5e:16x16.")
+    flags.DEFINE_integer("rows_per_device", 0, "Images a device instead of the config's whole batch.", lower_bound=0)
+    flags.DEFINE_integer("classes", 10000, "People, where the config has a softmax.", lower_bound=2)
+    flags.DEFINE_string("output", "", "JSON file: a list, one entry a topology.")
+    flags.DEFINE_string("hlo", "", "Also write the compiled program here (one topology).")
+    flags.DEFINE_bool("one", False, "Compile here and print JSON: how several are run one after another.")
+
+
+def main(_: list[str]) -> None:
+    """Command line."""
+    if not FLAGS.topology:
+        raise BadInput("--topology is needed, e.g. --topology=v5e:4x4")
+    for topology in FLAGS.topology:
+        roofline.chip_of(topology)
+    if FLAGS.one:
+        jax.config.update("jax_platforms", "cpu")
+        hlo = Path(FLAGS.hlo) if FLAGS.hlo else None
+        print(json.dumps(compile_for(FLAGS.config, FLAGS.topology[0], FLAGS.rows_per_device, FLAGS.classes, hlo)))
+        return
+    overrides = [a for a in sys.argv[1:] if a.startswith(("--config.", "-config.", "--rows_per_device", "--classes", "--hlo"))]
+    config_path = next((a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("--config=")), "experiments/configs/facenet.py")
+    found = compile_all(config_path, FLAGS.topology, overrides)
+    if FLAGS.output:
+        command_line.write_json(Path(FLAGS.output), found)
+
+
+if __name__ == "__main__":
+    _flags()
+    command_line.run(main)

@@ -1,0 +1,107 @@
+"""What a compiled step asks of a chip: FLOPs, memory traffic, collectives, and the time that the chip's public peak figures allow for each."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from facenet_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks of a chip: flops a second in bfloat16, bytes a second of HBM, bytes of HBM, bytes a second out of all its links; devices JAX sees."""
+
+    flops: float
+    memory: float
+    capacity: float
+    network: float
+    devices: int = 1
+
+
+# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("System architecture", key specifications). The documents give a chip's links in both
+# directions together; half of it is taken here.
+CHIPS = {
+    "v4": Chip(275e12, 1228e9, 32 * 2**30, 2400e9 / 8 / 2),
+    "v5e": Chip(197e12, 819e9, 16 * 2**30, 1600e9 / 8 / 2),
+    "v5p": Chip(459e12, 2765e9, 95 * 2**30, 4800e9 / 8 / 2),
+    "v6e": Chip(918e12, 1640e9, 32 * 2**30, 3584e9 / 8 / 2),
+    "tpu7x": Chip(2307e12, 7380e9, 192 * 2**30, 9600e9 / 8 / 2, devices=2),
+}
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology like v5e:4x4."""
+    kind = topology.split(":")[0]
+    if kind not in CHIPS:
+        raise BadInput(f"topology {topology!r}: no chip {kind!r}; there are {', '.join(CHIPS)}, as in v5e:4x4")
+    return CHIPS[kind]
+
+
+def _size(shapes: str) -> int:
+    """Bytes of all shapes in a piece of HLO text."""
+    total = 0
+    for kind, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        count = 1
+        for n in filter(None, dimensions.split(",")):
+            count *= int(n)
+        total += count * _BYTES.get(kind, 0)
+    return total
+
+
+def collectives(hlo: str) -> list[dict[str, Any]]:
+    """[{"op", "bytes", "count"}] of a device: bytes are those of the results, for a scatter of the operands; an operation begun early counts once."""
+    found: dict[str, list[int]] = {}
+    for line in hlo.splitlines():
+        match = re.search(rf"= (.+?) ({'|'.join(_OPERATIONS)})(-start)?\((.*)", line)
+        if not match:
+            continue
+        results, operation, begun, rest = match.groups()
+        size = _size(results)
+        if begun and operation != "all-reduce":
+            # The result of an operation begun early also names its operands.
+            size -= _size(rest.split(")")[0])
+        if operation == "reduce-scatter":
+            size = max(size, _size(rest.split(")")[0]))
+        entry = found.setdefault(operation, [0, 0])
+        entry[0] += size
+        entry[1] += 1
+    return [{"op": name, "bytes": size, "count": count} for name, (size, count) in sorted(found.items())]
+
+
+def network_bytes(operations: list[dict[str, Any]], devices: int) -> float:
+    """Bytes that leave a device when rings do the work: an all-reduce passes everything twice."""
+    share = (devices - 1) / devices
+    twice = {"all-reduce": 2.0}
+    return sum(twice.get(entry["op"], 1.0) * entry["bytes"] * share for entry in operations)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step that each resource asks for at its peak, and which asks for most."""
+
+    compute_s: float
+    memory_s: float
+    network_s: float
+    bound_by: str
+
+    @property
+    def step_s(self) -> float:
+        """Arithmetic and memory together, the network after them: nothing hidden."""
+        return max(self.compute_s, self.memory_s) + self.network_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def roofline(chip: Chip, flops: float, traffic: float, network: float) -> Roofline:
+    """Of one device's figures."""
+    times = {
+        "compute": flops / (chip.flops / chip.devices),
+        "memory": traffic / (chip.memory / chip.devices),
+        "network": network / (chip.network / chip.devices),
+    }
+    return Roofline(times["compute"], times["memory"], times["network"], max(times, key=lambda name: times[name]))
