@@ -33,3 +33,11 @@ def parse(data: bytes) -> dict[str, bytes | int | str]:
         "identity": feature["identity"].bytes_list.value[0].decode(),
         "key": feature["key"].bytes_list.value[0].decode(),
     }
+
+
+def parse_image(data: bytes) -> bytes:
+    """The image alone; KeyError where there is none."""
+    for entry in _MESSAGES["Example"].FromString(data).features.feature:
+        if entry.key == "image":
+            return entry.value.bytes_list.value[0]
+    raise KeyError("image")

@@ -24,6 +24,14 @@ def decode(data: bytes) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
+def decode_into(place: np.ndarray, data: bytes) -> bool:
+    """Decodes a JPEG of the size of `place`, contiguous uint8 [h, w, 3], into it; False for what is no JPEG of that size."""
+    if data[:2] != b"\xff\xd8" or simplejpeg.decode_jpeg_header(data)[:2] != place.shape[:2]:
+        return False
+    simplejpeg.decode_jpeg(data, "RGB", buffer=memoryview(place).cast("B"))
+    return True
+
+
 def open_photograph(data: bytes, jpeg: str = "") -> np.ndarray:
     """Bytes of any image file -> uint8 RGB [h, w, 3]. jpeg="ijg9" decodes JPEGs as libjpeg 9 of the Independent JPEG Group does.
 

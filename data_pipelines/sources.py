@@ -64,7 +64,7 @@ class TfRecords:
         shard = self._shards[number]
         if number not in self._files:
             self._files[number] = shard.path.open("rb")
-        return example.parse(shard.read(self._files[number], int(self._position[index])))["image"]  # type: ignore[return-value]
+        return example.parse_image(shard.read(self._files[number], int(self._position[index])))
 
 
 @dataclass
@@ -94,7 +94,7 @@ class ArrayRecords:
 
     def image(self, index: int) -> bytes:
         """JPEG or PNG bytes."""
-        return example.parse(self._source[index])["image"]  # type: ignore[return-value]
+        return example.parse_image(self._source[index])
 
 
 @dataclass

@@ -26,6 +26,8 @@ def foldable(model: nn.Module, size: int) -> dict[Path, tuple[Path, float, bool]
 
     def watch(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
         if isinstance(module, BatchNorm) and id(args[0]) in producers:
             _, path, use_bias = producers.pop(id(args[0]))
             pairs[module.path] = path, module.epsilon, use_bias
@@ -75,7 +77,7 @@ def apply_folded(model: nn.Module, size: int, variables: Any, images: jax.Array)
 
     def skip(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        if isinstance(module, BatchNorm) and module.path in pairs:
+        if isinstance(module, BatchNorm) and context.method_name == "__call__" and module.path in pairs:
             bias = module.get_variable("params", "bias")
             return args[0] + bias.astype(args[0].dtype)
         return call(*args, **kwargs)

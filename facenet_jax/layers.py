@@ -127,13 +127,23 @@ class Conv(nn.Module):
     kernel_init: Callable = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def variables_of(self, channels: int) -> tuple[Array, Array | None]:
+        """(kernel [kh, kw, channels, features], bias or None), made where they are not there yet."""
         window = self.kernel if isinstance(self.kernel, tuple) else (self.kernel, self.kernel)
-        kernel = self.param("kernel", self.kernel_init, (*window, x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (*window, channels, self.features), jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.variables_of(x.shape[-1])
         y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
-        return y
+        return y if bias is None else y + bias.astype(self.dtype)
+
+
+def convolve_together(convolutions: Sequence[Conv], x: Array) -> Array:
+    """Convolutions of equal settings that read the same x, as one: their outputs side by side, x read once, its gradient made once."""
+    first = convolutions[0]
+    kernel = jnp.concatenate([c.variables_of(x.shape[-1])[0] for c in convolutions], -1)
+    return conv2d(x.astype(first.dtype), kernel.astype(first.dtype), first.stride, first.padding)
 
 
 class Dense(nn.Module):
@@ -200,24 +210,39 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        features = x.shape[-1]
+    def variables_of(self, features: int) -> tuple[Array, Array, nn.Variable, nn.Variable]:
+        """(scale, bias, running mean, running variance), made where they are not there yet."""
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32) if self.use_scale else jnp.ones((features,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
-        x = x.astype(self.dtype)
-        if not train:
-            factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            return x * factor.astype(self.dtype) + (bias - running_mean.value * factor).astype(self.dtype)
-        if x.shape[0] % self.groups:
-            raise BadInput(f"a batch of {x.shape[0]} images does not divide into {self.groups} BatchNorm groups: set model.bn_groups")
-        y, mean, var = normalize_batch(x.reshape(self.groups, -1, features), scale, bias, self.epsilon)
-        if not self.is_initializing():
-            keep = self.momentum
-            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean((0, 1))
-            running_var.value = keep * running_var.value + (1 - keep) * var.mean((0, 1))
-        return y.reshape(x.shape)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
+        return scale, bias, mean, var
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        return normalize_together([self], [x.shape[-1]], x, train)
+
+
+def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool) -> Array:
+    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x."""
+    first = norms[0]
+    parts = [norm.variables_of(n) for norm, n in zip(norms, features, strict=True)]
+    scale, bias = (jnp.concatenate([part[i] for part in parts]) for i in (0, 1))
+    x = x.astype(first.dtype)
+    if not train:
+        mean, var = (jnp.concatenate([part[i].value for part in parts]) for i in (2, 3))
+        factor = scale * lax.rsqrt(var + first.epsilon)
+        return x * factor.astype(first.dtype) + (bias - mean * factor).astype(first.dtype)
+    if x.shape[0] % first.groups:
+        raise BadInput(f"a batch of {x.shape[0]} images does not divide into {first.groups} BatchNorm groups: set model.bn_groups")
+    y, mean, var = normalize_batch(x.reshape(first.groups, -1, x.shape[-1]), scale, bias, first.epsilon)
+    if not first.is_initializing():
+        keep, start = first.momentum, 0
+        for (_, _, running_mean, running_var), n in zip(parts, features, strict=True):
+            run = slice(start, start + n)
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean((0, 1))[run]
+            running_var.value = keep * running_var.value + (1 - keep) * var.mean((0, 1))[run]
+            start += n
+    return y.reshape(x.shape)
 
 
 def max_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> Array:

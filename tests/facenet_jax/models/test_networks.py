@@ -7,6 +7,7 @@ import pytest
 
 from facenet_jax import models
 from facenet_jax.errors import BadInput
+from facenet_jax.models import inception_resnet_v1
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,26 @@ def test_runs_in_bfloat16_with_float32_parameters(name):
     exact = jax.jit(lambda v, a: models.create(name).apply(v, a, False))(variables, x)
     assert out.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(out, np.float32) - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_branches_trained_together_are_the_branches(monkeypatch):
+    """Kernels and BatchNorms that read the same input run as one in training: same output, statistics and gradients as one by one."""
+    model = models.create("inception_resnet_v1", embedding_size=8)
+    variables = models.initialise(model, jax.random.key(0), 75)
+    rng = np.random.default_rng(0)
+    images, weight = rng.normal(size=(4, 75, 75, 3)).astype(np.float32), rng.normal(size=(4, 8)).astype(np.float32)
+
+    def loss(params):
+        variables_ = {"params": params, "batch_stats": variables["batch_stats"]}
+        y, moved = model.apply(variables_, images, train=True, mutable=["batch_stats"])
+        return (y * weight).sum(), (y, moved)
+
+    together = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    monkeypatch.setattr(inception_resnet_v1, "_together", lambda units, x, train: [unit(x, train) for unit in units])
+    one_by_one = jax.jit(jax.value_and_grad(lambda p: loss(p), has_aux=True))(variables["params"])
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one_by_one[1]))
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4 * scale)
 
 
 def test_an_embedding_does_not_depend_on_its_company():
