@@ -17,13 +17,9 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import roofline
-from facenet_jax import command_line, models, parallel
+from experiments import building, roofline
+from facenet_jax import command_line, parallel
 from facenet_jax.errors import BadInput
-from facenet_jax.losses.classification import Softmax
-from facenet_jax.losses.triplet import Triplet
-from facenet_jax.preprocessing import Preprocessing
-from facenet_jax.training import optimizers, schedules, step
 
 FLAGS = flags.FLAGS
 
@@ -60,36 +56,12 @@ def lower(config: ConfigDict, devices: list[Any], rows: int, classes: int) -> An
     """The very train step of `experiments.train`, lowered for a mesh of those devices."""
     mesh = parallel.make_mesh(devices)
     parallel.check_divides(mesh, rows, config.batch.microbatches)
-    model_arguments = {key: value for key, value in config.model.items() if key not in ("name", "size", "standardisation")}
-    model = models.create(config.model.name, **model_arguments)
-    triplet = softmax = None
-    if config.triplet.weight > 0:
-        triplet = Triplet(max_images=config.batch.images_per_person, **{k: v for k, v in config.triplet.items() if k != "weight"})
-    if config.softmax.weight > 0:
-        softmax = Softmax(classes, **{k: v for k, v in config.softmax.items() if k != "weight"})
-    objective = step.Objective(triplet, softmax, config.triplet.weight, config.softmax.weight)
-    settings = optimizers.Optimizer(**{key: config.optimizer[key] for key in ("name", "weight_decay", "clip", "moving_average")})
-    schedule = schedules.create(
-        config.optimizer.schedule,
-        config.optimizer.learning_rate,
-        config.steps,
-        warmup=config.optimizer.warmup,
-        epoch_steps=config.optimizer.epoch_steps,
-    )
-    optimizer = optimizers.create(settings, schedule)
-    size = config.model.size
-    make = lambda: step.initial_state(model, objective, optimizer, settings, size, config.seed)
-    whole, cut = parallel.replicated(mesh), parallel.batch_sharded(mesh)
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(make))
+    parts, size, cut = building.build(config, classes), config.model.size, parallel.batch_sharded(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8, sharding=cut),
         "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut),
     }
-    preprocessing = Preprocessing(size, config.model.standardisation)
-    train_step = step.make_train_step(
-        model, preprocessing, objective, optimizer, settings, schedule, mesh, config.seed, config.batch.microbatches
-    )
-    return train_step.lower(state, batch)
+    return parts.train_step(mesh).lower(parts.abstract_state(parallel.replicated(mesh)), batch)
 
 
 def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes: int, hlo: Path | None = None) -> dict[str, Any]:

@@ -28,19 +28,20 @@ _OPENFACE = ((0.194158, 0.169268), (0.788866, 0.158172), (0.494951, 0.514419))
 
 @dataclass(frozen=True)
 class Template:
-    """Where landmarks go in a square of side 1: points [k, 2] (x, y), which of a detector's five they are, and whether the map may shear."""
+    """Where landmarks go in a square of side 1: points [k, 2] (x, y), which of a detector's five they are, and the kind of map: a similarity fitted to
+    the template, an affine map through three points, or dlib's."""
 
     points: tuple[tuple[float, float], ...]
     landmarks: str
     take: tuple[int, ...]
-    affine: bool = False
+    kind: str = "similarity"
 
 
 TEMPLATES = {
     "insightface": Template(tuple((x / 112, y / 112) for x, y in _INSIGHTFACE), CENTRES, (0, 1, 2, 3, 4)),
     # A quarter of the face's size is left around it.
-    "dlib": Template(tuple(((0.25 + x) / 1.5, (0.25 + y) / 1.5) for x, y in _DLIB), CORNERS, (0, 1, 2, 3, 4)),
-    "openface": Template(_OPENFACE, CORNERS, (0, 3, 4), affine=True),
+    "dlib": Template(tuple(((0.25 + x) / 1.5, (0.25 + y) / 1.5) for x, y in _DLIB), CORNERS, (0, 1, 2, 3, 4), "dlib"),
+    "openface": Template(_OPENFACE, CORNERS, (0, 3, 4), "affine"),
 }
 
 
@@ -118,9 +119,19 @@ def onto_template(points: np.ndarray, template: Template, size: int) -> np.ndarr
     """[2, 3] map from a photograph's pixels to those of the crop, from five landmarks [5, 2]."""
     points = np.asarray(points, np.float64)[list(template.take)]
     goal = np.asarray(template.points) * size
-    if template.affine:
+    if template.kind == "affine":
         return cv2.getAffineTransform(points.astype(np.float32), goal.astype(np.float32))
-    return similarity(points, goal)
+    return _dlib_chip(points, goal, size) if template.kind == "dlib" else similarity(points, goal)
+
+
+def _dlib_chip(points: np.ndarray, goal: np.ndarray, size: int) -> np.ndarray:
+    """dlib's map (get_face_chip_details, extract_image_chip): the template is fitted onto the photograph, which gives another scale than the reverse,
+    and the rectangle found is spread over the chip from the middle of its first pixel to that of its last."""
+    back = similarity(goal, points)
+    scale = np.hypot(*back[:, 0])
+    linear = back[:, :2] * (size * scale - 1) / ((size - 1) * scale)
+    centre = back @ [size / 2, size / 2, 1]
+    return cv2.invertAffineTransform(np.column_stack([linear, centre - linear @ np.full(2, (size - 1) / 2)]))
 
 
 def crop(photograph: np.ndarray, faces: Faces, which: int, alignment: Alignment) -> np.ndarray:

@@ -11,7 +11,7 @@ from experiments.configs import base
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is not used here."""
     config = base.get_config(arg)
-    config.steps = 540
+    config.steps = 480
     config.data.update(records="synthetic", synthetic_people=400)
     config.batch.update(people=24, images_per_person=4)
     config.model.size = 48

@@ -5,6 +5,7 @@ file in the cache directory ($FACENET_JAX_CACHE, by default ~/.cache/facenet_jax
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -40,8 +41,9 @@ class Published:
     lfw: str
     convert: Callable[[Path, dict[str, str]], Weights]
     sdist: bool = False
-    # Further (member, SHA-256) that belong to it.
+    # Further (member, SHA-256) that belong to it, and the names of those kept as they are beside the portable file.
     also: tuple[tuple[str, str], ...] = ()
+    keep: tuple[str, ...] = ()
 
 
 def _casia_webface(graph: Path, provenance: dict[str, str]) -> Weights:
@@ -94,6 +96,13 @@ PUBLISHED: dict[str, Published] = {
         lfw="not measured here; dlib states 0.9938 with 100-fold jitter, 0.9913 without",
         convert=_dlib,
         sdist=True,
+        also=(
+            (
+                "face_recognition_models-0.3.0/face_recognition_models/models/shape_predictor_5_face_landmarks.dat",
+                "c4b1e9804792707d3a405c2c16a80a20269e6675021f64a41d30fffafbc41888",
+            ),
+        ),
+        keep=("shape_predictor_5_face_landmarks.dat",),
     ),
     "mtcnn": Published(
         requirement="mtcnn==1.0.0",
@@ -165,10 +174,16 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
     if name not in PUBLISHED:
         raise BadInput(f"no published network named {name!r}; there are {', '.join(PUBLISHED)}")
     published, path = PUBLISHED[name], cached_path(name)
-    if path.exists() and wheel is None:
+    kept = [path.with_name(file) for file in published.keep]
+    if wheel is None and all(file.exists() for file in (path, *kept)):
         return path
     with tempfile.TemporaryDirectory() as folder:
         raw = extract(published, wheel or download(published, Path(folder)), Path(folder))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in kept:
+            aside = file.with_name(f".{file.name}.writing")
+            shutil.copy(Path(folder) / file.name, aside)
+            aside.rename(file)
         weights = published.convert(raw, {"source": published.source, "licence": published.licence, "sha256": published.member_sha256})
         save_weights(path, weights)
     return path

@@ -63,10 +63,10 @@ angles = st.floats(-3.1, 3.1)
 
 
 @settings(max_examples=50, deadline=None)
-@given(angles, st.floats(0.2, 5), st.floats(-200, 200), st.floats(-200, 200), st.sampled_from(["insightface", "dlib"]))
+@given(angles, st.floats(0.2, 5), st.floats(-200, 200), st.floats(-200, 200), st.sampled_from(["insightface"]))
 def test_a_similarity_is_recovered(angle, scale, dx, dy, name):
     """Exactly turned, scaled and shifted landmarks come back to the template within half a pixel (in fact 1e-6)."""
-    template = TEMPLATES[name]
+    template = TEMPLATES[name]  # dlib's own map is tested beside dlib
     goal = np.asarray(template.points) * 112
     turn = scale * np.asarray([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = alignment.onto_template(goal @ turn.T + (dx, dy), template, 112)
