@@ -5,9 +5,9 @@ Finds faces, cuts one of each photograph (or all), and writes a tree like the in
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +17,88 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines import images
-from data_pipelines.detected import Detection, Found, find_faces
+from data_pipelines.detected import Detection, Found, find_faces, read, read_journal
 from data_pipelines.importers import Photograph
 from data_pipelines.importers.layouts import LAYOUTS, photographs
 from data_pipelines.processes import in_processes
 from facenet_jax import alignment, command_line
 from facenet_jax.alignment import Alignment
 from facenet_jax.apps import pretrained
+from facenet_jax.detection import CENTRES, CORNERS, Detector
 from facenet_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
 NO_FACE = "no face"
+ENDINGS = {"png": "png", "jpeg": "jpg"}
+# What each detector's landmarks are; haar has none.
+LANDMARKS = {"mtcnn": CENTRES, "dlib_hog": CORNERS}
+# Settings of each that flags reach.
+SETTINGS = {"mtcnn": ("minimum", "thresholds", "factor"), "haar": ("minimum",), "dlib_hog": ()}
 # Of the shorter side, where a photograph without a face is cut in its middle.
 _MIDDLE = 0.6
 
 
+Rectangle = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Cut:
-    """A face of a photograph: pixels uint8 [size, size, 3], the rectangle cut (x1, y1, x2, y2; zeros where a template warped)."""
+    """What is cut of a photograph: face number `which`, or its middle (None); the rectangle (x1, y1, x2, y2), zeros where a template warps."""
 
-    pixels: np.ndarray
-    rectangle: tuple[int, int, int, int]
+    which: int | None
+    rectangle: Rectangle
 
 
-def cut_faces(photograph: np.ndarray, found: Found, how: Alignment, middle: bool) -> list[Cut]:
-    """The faces chosen on a photograph; its middle where there is none and `middle`; else none."""
-    cuts = []
-    for which in alignment.choose(found.faces, found.size, how.choose):
-        box = (0, 0, 0, 0) if how.template else alignment.rectangle(found.faces.boxes[which], found.size, how)
-        cuts.append(Cut(alignment.crop(photograph, found.faces, which, how), box))
+def planned(found: Found, how: Alignment, middle: bool) -> list[Cut]:
+    """The faces chosen on a photograph, less those that lie outside of it; its middle where there is none and `middle`; else nothing."""
+    chosen = alignment.choose(found.faces, found.size, how.choose)
+    if how.template:
+        cuts = [Cut(which, (0, 0, 0, 0)) for which in chosen]
+    else:
+        cuts = [Cut(which, alignment.rectangle(found.faces.boxes[which], found.size, how)) for which in chosen]
+        cuts = [cut for cut in cuts if cut.rectangle[0] < cut.rectangle[2] and cut.rectangle[1] < cut.rectangle[3]]
     if not cuts and middle:
         height, width = found.size
         half = max(int(_MIDDLE * min(height, width) / 2), 1)
-        box = (width // 2 - half, height // 2 - half, width // 2 + half, height // 2 + half)
-        box = (max(box[0], 0), max(box[1], 0), box[2], box[3])
-        cuts.append(Cut(images.resize(photograph[box[1] : box[3], box[0] : box[2]], how.size), box))
+        x, y = width // 2, height // 2
+        cuts.append(Cut(None, (max(x - half, 0), max(y - half, 0), x + half, y + half)))
     return cuts
 
 
-def _names(key: str, count: int, how: Alignment, ending: str) -> list[str]:
-    return [f"{key}{f'_{i}' if how.choose == 'all' else ''}.{ending}" for i in range(count)]
+def cut_out(photograph: np.ndarray, found: Found, cut: Cut, how: Alignment) -> np.ndarray:
+    """uint8 [size, size, 3]; BadInput where `found` is another photograph's."""
+    if photograph.shape[:2] != tuple(found.size):
+        raise BadInput("has changed since its faces were found: delete the .jsonl of faces")
+    if cut.which is not None:
+        return alignment.crop(photograph, found.faces, cut.which, how)
+    x1, y1, x2, y2 = cut.rectangle
+    return images.resize(np.ascontiguousarray(photograph[y1:y2, x1:x2]), how.size)
 
 
 def align_one(
     pair: tuple[Photograph, Found], output: Path, how: Alignment, form: str, middle: bool, jpeg: str
-) -> tuple[list[tuple[str, tuple[int, int, int, int]]], str]:
-    """Writes a photograph's faces (aside, then renamed): ([(file, rectangle)], "" or what is wrong)."""
+) -> tuple[list[tuple[str, Rectangle]], str]:
+    """Writes a photograph's faces (aside, then renamed) that are not there yet: ([(file, rectangle)], "" or what is wrong)."""
     photograph, found = pair
     if found.problem:
         return [], found.problem
+    cuts = planned(found, how, middle)
+    problem = "" if cuts and cuts[0].which is not None else NO_FACE
+    paths = [output / f"{photograph.key}{f'_{i}' if how.choose == 'all' else ''}.{ENDINGS[form]}" for i in range(len(cuts))]
+    written = [(str(path.relative_to(output)), cut.rectangle) for path, cut in zip(paths, cuts, strict=True)]
+    if all(path.exists() for path in paths):
+        return written, problem
     try:
-        pixels = images.open_photograph(photograph.read(), jpeg)
-        cuts = cut_faces(pixels, found, how, middle)
-    except (BadInput, OSError) as error:
+        pixels = images.open_photograph(read(photograph), jpeg)
+        faces = [cut_out(pixels, found, cut, how) for cut in cuts]
+    except BadInput as error:
         return [], str(error)
-    written = []
-    for name, cut in zip(_names(photograph.key, len(cuts), how, "png" if form == "png" else "jpg"), cuts, strict=True):
-        path = output / name
+    for path, face in zip(paths, faces, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(images.encode(cut.pixels, form))
+        aside = path.with_name(f".{path.name}.writing")
+        aside.write_bytes(images.encode(face, form))
         aside.rename(path)
-        written.append((name, cut.rectangle))
-    return written, "" if len(found.faces) else NO_FACE
+    return written, problem
 
 
 def draw(photograph: np.ndarray, found: Found) -> np.ndarray:
@@ -97,9 +116,23 @@ def draw(photograph: np.ndarray, found: Found) -> np.ndarray:
 
 
 def align(
-    listed: list[Photograph], output: Path, what: Detection, how: Alignment, *, form: str = "png", middle: bool = False, processes: int = 1
+    listed: list[Photograph],
+    output: Path,
+    what: Detection,
+    how: Alignment,
+    *,
+    form: str = "png",
+    middle: bool = False,
+    processes: int = 1,
+    detector: Detector | None = None,
 ) -> dict[str, str]:
-    """Aligns a collection; returns what is wrong by key ("no face" among it). BadInput where `output` holds another alignment."""
+    """Aligns a collection; returns what is wrong by key ("no face" among it). BadInput where `output` holds another alignment.
+
+    `detector` saves making it anew.
+    """
+    for photograph in listed:
+        if photograph.key.startswith("/") or ".." in photograph.key.split("/"):
+            raise BadInput(f"{photograph.key}: leads out of {output}: name photographs by paths below their list's folder")
     described = {
         "alignment": asdict(how),
         "method": how.method,
@@ -110,11 +143,11 @@ def align(
     settings = output / "alignment.json"
     if settings.exists() and json.loads(settings.read_text()) != json.loads(json.dumps(described)):
         raise BadInput(f"{output} holds faces aligned otherwise ({settings}): choose another --output or delete it")
-    if not settings.exists() and output.exists() and any(output.iterdir()):
+    if not settings.exists() and output.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise BadInput(f"{output} is not empty and not an alignment begun before: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     command_line.write_json(settings, described)
-    known = find_faces(listed, what, output / "faces.jsonl", processes)
+    known = find_faces(listed, what, output / "faces.jsonl", processes, detector)
     work = partial(align_one, output=output, how=how, form=form, middle=middle, jpeg=what.jpeg)
     problems, lines = {}, []
     results = in_processes(work, [(p, known[p.key]) for p in listed], processes)
@@ -123,7 +156,7 @@ def align(
     ):
         if problem:
             problems[photograph.key] = problem + (": its middle was cut" if written else ": left out")
-        lines += [f"{name} {' '.join(map(str, box))}\n" for name, box in written] or [f"{photograph.key}\n"]
+        lines += [f"{name} {' '.join(map(str, box))}\n" for name, box in written] or [f"{photograph.key}.{ENDINGS[form]}\n"]
     aside = output / ".bounding_boxes.txt"
     aside.write_text("".join(lines))
     aside.rename(output / "bounding_boxes.txt")
@@ -133,13 +166,15 @@ def align(
 
 def detection_of_flags() -> Detection:
     """The detector's flags; fetches MTCNN's published weights where they are not in the cache."""
+    if FLAGS.jpeg and find_spec("jpeglib") is None:
+        raise BadInput("--jpeg=ijg9 needs jpeglib: pip install -r requirements-legacy.txt")
     if FLAGS.detector == "mtcnn":
         pretrained.fetch("mtcnn")
     settings: dict[str, Any] = {}
     if FLAGS.minimum_face:
         settings["minimum"] = FLAGS.minimum_face
     if FLAGS.thresholds:
-        if FLAGS.detector != "mtcnn" or len(FLAGS.thresholds) != 3:
+        if len(FLAGS.thresholds) != 3:
             raise BadInput("--thresholds are mtcnn's three, e.g. 0.6,0.7,0.7")
         try:
             settings["thresholds"] = tuple(float(t) for t in FLAGS.thresholds)
@@ -147,12 +182,18 @@ def detection_of_flags() -> Detection:
             raise BadInput(f"--thresholds: {error}") from None
     if FLAGS.pyramid_factor:
         settings["factor"] = FLAGS.pyramid_factor
+    if others := [name for name in settings if name not in SETTINGS[FLAGS.detector]]:
+        raise BadInput(f"--detector={FLAGS.detector} has no setting {' or '.join(others)} (--minimum_face, --thresholds, --pyramid_factor)")
     return Detection(FLAGS.detector, tuple(sorted(settings.items())), FLAGS.jpeg)
 
 
 def alignment_of_flags(size: int) -> Alignment:
     """The crop's flags."""
-    return Alignment(size, FLAGS.margin, FLAGS.margin_of, FLAGS.template, FLAGS.choose, FLAGS.detector)
+    template = FLAGS.template
+    if template and alignment.TEMPLATES[template].landmarks != LANDMARKS.get(FLAGS.detector):
+        able = [name for name, landmarks in LANDMARKS.items() if landmarks == alignment.TEMPLATES[template].landmarks]
+        raise BadInput(f"--template={template} needs the landmarks of --detector={' or '.join(able)}")
+    return Alignment(size, FLAGS.margin, FLAGS.margin_of, template, FLAGS.choose, FLAGS.detector)
 
 
 def define_flags() -> None:
@@ -185,17 +226,18 @@ def main(_: list[str]) -> None:
     if not FLAGS.input or not FLAGS.output:
         raise BadInput("--input and --output are needed")
     command_line.use_compilation_cache()
+    if Path(FLAGS.input).resolve() in (Path(FLAGS.output).resolve(), *Path(FLAGS.output).resolve().parents):
+        raise BadInput(f"{FLAGS.output} lies in {FLAGS.input}, and would be read as photographs the next time: choose another --output")
     listed = photographs(Path(FLAGS.input), FLAGS.layout)
     output, what, how = Path(FLAGS.output), detection_of_flags(), alignment_of_flags(FLAGS.size)
     problems = align(listed, output, what, how, form=FLAGS.form, middle=FLAGS.no_face == "middle", processes=FLAGS.processes)
     if FLAGS.draw:
         folder = output.with_name(f"{output.name}.drawn")
-        folder.mkdir(exist_ok=True)
-        known = find_faces(listed, what, output / "faces.jsonl")
-        for photograph in listed[: FLAGS.draw]:
-            if not known[photograph.key].problem:
-                drawn = draw(images.open_photograph(photograph.read()), known[photograph.key])
-                (folder / f"{photograph.key.replace('/', '_')}.jpg").write_bytes(images.encode(drawn))
+        known = read_journal(output / "faces.jsonl", what)
+        for photograph in [p for p in listed if not known[p.key].problem][: FLAGS.draw]:
+            path = folder / f"{photograph.key}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(images.encode(draw(images.open_photograph(read(photograph), what.jpeg), known[photograph.key])))
     for key, problem in problems.items():
         print(f"{key}: {problem}")
     print(json.dumps({"output": str(output), "photographs": len(listed), "rejected": len(problems)}))

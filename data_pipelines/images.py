@@ -28,7 +28,7 @@ def decode_into(place: np.ndarray, data: bytes) -> bool:
     """Decodes a JPEG of the size of `place`, contiguous uint8 [h, w, 3], into it; False for what is no JPEG of that size."""
     if data[:2] != b"\xff\xd8" or simplejpeg.decode_jpeg_header(data)[:2] != place.shape[:2]:
         return False
-    simplejpeg.decode_jpeg(data, "RGB", buffer=memoryview(place).cast("B"))
+    simplejpeg.decode_jpeg(data, "RGB", buffer=place.reshape(-1).data)
     return True
 
 

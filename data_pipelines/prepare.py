@@ -7,19 +7,20 @@ stored as it came. Stopped while it looks for faces, the same command goes on wh
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from data_pipelines import images, records
-from data_pipelines.align import NO_FACE, alignment_of_flags, cut_faces, define_flags, detection_of_flags
+from data_pipelines import align, images, records
+from data_pipelines.align import NO_FACE, Rectangle, alignment_of_flags, cut_out, detection_of_flags, planned
 from data_pipelines.cleaning.exclusions import read_exclusions
-from data_pipelines.detected import NOTHING, Found, find_faces
+from data_pipelines.detected import NOTHING, Detection, Found, find_faces, read
 from data_pipelines.importers import Photograph
 from data_pipelines.importers.folders import natural
 from data_pipelines.importers.layouts import photographs
@@ -29,9 +30,6 @@ from facenet_jax.alignment import Alignment
 from facenet_jax.errors import NPZ_ERRORS, BadInput
 
 FLAGS = flags.FLAGS
-
-
-Rectangle = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,10 @@ def _cut(pixels: np.ndarray, where: Rectangle | Found | None, settings: Settings
         if where.problem:
             raise BadInput(where.problem)
         assert settings.alignment is not None
-        cuts = cut_faces(pixels, where, settings.alignment, settings.middle)
+        cuts = planned(where, settings.alignment, settings.middle)
         if not cuts:
             raise BadInput(NO_FACE)
-        return cuts[0].pixels
+        return cut_out(pixels, where, cuts[0], settings.alignment)
     cut = pixels if where is None else pixels[max(where[1], 0) : where[3], max(where[0], 0) : where[2]]
     if min(cut.shape[:2]) < 8:
         raise BadInput(f"{cut.shape[1]}x{cut.shape[0]} pixels are too few")
@@ -75,7 +73,7 @@ def convert(item: tuple[Photograph, Rectangle | Found | None], settings: Setting
     """(image bytes, "") or (b"", what is wrong) of a photograph and where its face is (None: everywhere)."""
     photograph, where = item
     try:
-        data = photograph.read()
+        data = read(photograph)
         pixels = images.open_photograph(data, settings.jpeg)
         cut = _cut(pixels, where, settings)
         if cut is pixels and images.is_plain(data) and images.decodes(data):
@@ -92,6 +90,24 @@ def splits_of(found: list[Photograph], held_out: int, split: str) -> tuple[list[
         raise BadInput(f"--validation_people={held_out}, but there are only {len(people)} people")
     train = len(people) - held_out
     return people, {person: split if i < train else "validation" for i, person in enumerate(people)}
+
+
+def shards_of(found: list[Photograph], split_of: Mapping[str, str], images_per_shard: int) -> dict[str, int]:
+    """How many shards each split has."""
+    counts = Counter(split_of[p.identity] for p in found)
+    return {split: -(-count // images_per_shard) for split, count in sorted(counts.items())}
+
+
+def too_many(unusable: int, last: str, problem: str, reject_limit: float) -> BadInput:
+    """What is said where more than the share `reject_limit` of the images cannot be used."""
+    return BadInput(
+        f"{unusable} images cannot be used (the last: {last}: {problem}); --reject_limit={reject_limit} allows a share of {reject_limit:g}"
+    )
+
+
+def described(alignment: dict | None, settings: Settings, people: list[str], rejected: dict[str, str]) -> dict:
+    """What the records' metadata says beside what the writer knows."""
+    return {"alignment": alignment or {}, "size": settings.size, "identities": people, "rejected": rejected}
 
 
 def prepare(
@@ -114,9 +130,9 @@ def prepare(
     """
     people, split_of = splits_of(found, held_out, split)
     label_of = {person: label for label, person in enumerate(people)}
-    counts = Counter(split_of[p.identity] for p in found)
-    shards = {split: max(1, -(-count // images_per_shard)) for split, count in sorted(counts.items())}
+    shards = shards_of(found, split_of, images_per_shard)
     rejected: dict[str, str] = {}
+    unusable = 0
     with records.Writer(output, output.name, shards) as writer:
         items = [(p, None if where is None else where[p.key]) for p in found]
         results = in_processes(partial(convert, settings=settings), items, processes)
@@ -125,27 +141,25 @@ def prepare(
         ):
             if problem:
                 rejected[photograph.key] = problem
-                if sum(why != NO_FACE for why in rejected.values()) > reject_limit * len(found):
-                    raise BadInput(
-                        f"{len(rejected)} of the first images cannot be used (the last: {photograph.key}: {problem}); "
-                        f"--reject_limit={reject_limit} allows a share of {reject_limit:g}"
-                    )
+                unusable += problem != NO_FACE
+                if unusable > reject_limit * len(found):
+                    raise too_many(unusable, photograph.key, problem, reject_limit)
                 continue
             writer.add(split_of[photograph.identity], data, label_of[photograph.identity], photograph.identity, photograph.key)
         if empty := set(shards) - writer.splits_with_images():
             raise BadInput(f"no image is left for the split {min(empty)!r}")
-        described = {"alignment": alignment or {}, "size": settings.size, "identities": people, "rejected": rejected}
-        return writer.finish(described)
+        return writer.finish(described(alignment, settings, people, rejected))
 
 
-def taken(found: list[Photograph], lists: list[str]) -> list[Photograph]:
+def taken(found: list[Photograph], lists: Sequence[str], quiet: bool = False) -> list[Photograph]:
     """Without what the lists of `data_pipelines.clean` leave out; BadInput where they name nothing of this collection."""
     exclusions = read_exclusions(*map(Path, lists))
     kept = [p for p in found if not exclusions.excluded(p.key, p.identity)]
     if lists:
         if len(kept) == len(found):
             raise BadInput(f"--exclude={','.join(lists)} names no image and no person of the input: is it another data set's?")
-        print(f"left out {len(found) - len(kept)} images that --exclude names", flush=True)
+        if not quiet:
+            print(f"left out {len(found) - len(kept)} images that --exclude names", flush=True)
     return kept
 
 
@@ -155,13 +169,54 @@ def crops_by_key(found: list[Photograph], crops: dict[str, Rectangle]) -> dict[s
     return {p.key: crops.get(p.key.rsplit("/", 1)[-1], nothing) for p in found}
 
 
-def _flags() -> None:
-    define_flags()
+@dataclass(frozen=True)
+class Job:
+    """What the flags ask for: records of `found`; faces found by `detection`, or cut by rectangles `crops`, or neither."""
+
+    found: list[Photograph]
+    output: Path
+    settings: Settings
+    alignment: dict
+    detection: Detection | None = None
+    crops: Mapping[str, Rectangle | Found] | None = None
+
+
+def job_of_flags() -> Job:
+    """BadInput for flags that do not go together."""
+    if not FLAGS.input or not FLAGS.output:
+        raise BadInput("--input and --output are needed (or --reindex)")
+    if FLAGS.align and (FLAGS.crops or FLAGS.choose == "all"):
+        raise BadInput("--align cuts one face of each photograph by itself: leave out --crops, and --choose=all")
+    output = Path(FLAGS.output)
+    records.check_absent(output)
+    found = taken(photographs(Path(FLAGS.input), FLAGS.layout), FLAGS.exclude)
+    if FLAGS.align:
+        command_line.use_compilation_cache()
+        how, what = alignment_of_flags(FLAGS.size or 160), detection_of_flags()
+        settings = Settings(how.size, FLAGS.form, how, FLAGS.no_face == "middle", FLAGS.jpeg)
+        return Job(found, output, settings, {"method": how.method, **asdict(how), "detection": asdict(what)}, what)
+    settings = Settings(FLAGS.size, FLAGS.form, jpeg=FLAGS.jpeg)
+    if not FLAGS.crops:
+        return Job(found, output, settings, {"method": FLAGS.alignment or "as given"})
+    crops = crops_by_key(found, read_crops(Path(FLAGS.crops), FLAGS.crops_key))
+    method = FLAGS.alignment or f"{FLAGS.crops_key} of {Path(FLAGS.crops).name}"
+    return Job(found, output, settings, {"method": method}, crops=crops)
+
+
+def tell(metadata: dict, **more: Any) -> None:
+    """The images left out, a line each, and the counts."""
+    for key, problem in metadata["rejected"].items():
+        print(f"left out {key}: {problem}")
+    print(json.dumps({"output": FLAGS.output, **metadata["splits"], "left_out": len(metadata["rejected"]), **more}))
+
+
+def define_flags() -> None:
+    """Flags that `prepare` and `prepare_beam` share."""
+    align.define_flags()
     flags.DEFINE_string("input", None, "Folder of folders, zip, tar, CSV or .rec.")
     flags.DEFINE_bool("align", False, "Find faces and cut them (the flags of data_pipelines.align; --size is 160 if not given).")
     flags.DEFINE_list("exclude", [], "Lists of images and people to leave out, as data_pipelines.clean writes them.")
     flags.DEFINE_string("output", None, "Directory of records to make.")
-    flags.DEFINE_string("reindex", None, "Instead: make the indices of this directory of records anew.")
     flags.DEFINE_integer("size", 0, "Side of the stored images in pixels; 0 keeps them as they are.", lower_bound=0)
     flags.DEFINE_enum("form", "jpeg", ["jpeg", "png"], "How cut or converted images are stored.")
     flags.DEFINE_string("crops", None, "An .npz with `names` and rectangles by name.")
@@ -183,41 +238,26 @@ def main(_: list[str]) -> None:
             records.write_index(path)
             print(f"indexed {path}")
         return
-    if not FLAGS.input or not FLAGS.output:
-        raise BadInput("--input and --output are needed (or --reindex)")
-    if FLAGS.align and (FLAGS.crops or FLAGS.choose == "all"):
-        raise BadInput("--align cuts one face of each photograph by itself: leave out --crops, and --choose=all")
-    output = Path(FLAGS.output)
-    found = taken(photographs(Path(FLAGS.input), FLAGS.layout), FLAGS.exclude)
-    settings = Settings(FLAGS.size, FLAGS.form, jpeg=FLAGS.jpeg)
-    where: Mapping[str, Rectangle | Found] | None = None
-    alignment: dict = {"method": FLAGS.alignment or "as given"}
-    if FLAGS.align:
-        command_line.use_compilation_cache()
-        how, what = alignment_of_flags(FLAGS.size or 160), detection_of_flags()
-        settings = Settings(how.size, FLAGS.form, how, FLAGS.no_face == "middle", FLAGS.jpeg)
-        where = find_faces(found, what, output.with_name(f"{output.name}.faces.jsonl"), FLAGS.processes)
-        alignment = {"method": how.method, **asdict(how), "detection": asdict(what)}
-    elif FLAGS.crops:
-        where = crops_by_key(found, read_crops(Path(FLAGS.crops), FLAGS.crops_key))
-        alignment = {"method": FLAGS.alignment or f"{FLAGS.crops_key} of {Path(FLAGS.crops).name}"}
+    job = job_of_flags()
+    where = job.crops
+    if job.detection:
+        where = find_faces(job.found, job.detection, job.output.with_name(f"{job.output.name}.faces.jsonl"), FLAGS.processes)
     metadata = prepare(
-        found,
-        output,
-        settings,
+        job.found,
+        job.output,
+        job.settings,
         split=FLAGS.split,
         held_out=FLAGS.validation_people,
         images_per_shard=FLAGS.images_per_shard,
         processes=FLAGS.processes,
         reject_limit=FLAGS.reject_limit,
         where=where,
-        alignment=alignment,
+        alignment=job.alignment,
     )
-    for key, problem in metadata["rejected"].items():
-        print(f"left out {key}: {problem}")
-    print(json.dumps({"output": FLAGS.output, **metadata["splits"], "left_out": len(metadata["rejected"])}))
+    tell(metadata)
 
 
 if __name__ == "__main__":
-    _flags()
+    define_flags()
+    flags.DEFINE_string("reindex", None, "Instead: make the indices of this directory of records anew.")
     command_line.run(main)

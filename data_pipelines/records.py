@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -160,86 +160,136 @@ FEATURES = {
 }
 
 
+def check_absent(directory: Path) -> None:
+    """BadInput where there is something already."""
+    if directory.exists() and any(directory.iterdir()):
+        raise BadInput(f"{directory}: already there; remove it or choose another output")
+
+
+def shard_name(name: str, split: str, shard: int, shards: int) -> str:
+    """What a shard's file is called."""
+    return f"{name}-{split}.tfrecord-{shard:05d}-of-{shards:05d}"
+
+
+def content(split: str, image_sha256: bytes, label: int, identity: str, key: str) -> bytes:
+    """What an image adds to the hash of a data set's content."""
+    return f"{split}\0{label}\0{identity}\0{key}\0".encode() + image_sha256
+
+
+class ShardWriter:
+    """Writes one shard, and its index when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._index: list[tuple[int, int, str]] = []
+        self._bytes = 0
+
+    def add(self, image: bytes, label: int, identity: str, key: str) -> None:
+        """Appends one face; image is JPEG or PNG bytes."""
+        self._index.append((self._file.tell(), label, key))
+        self._file.write(frame(example.serialise(image, label, identity, key)))
+        self._bytes += len(image)
+
+    def close(self) -> None:
+        """Without an index: for a shard that is given up."""
+        self._file.close()
+
+    def finish(self) -> "Filled":
+        """Writes the index."""
+        end = self._file.tell()
+        self._file.close()
+        save_index(Path(self._file.name), [*(e[0] for e in self._index), end], [e[1] for e in self._index], [e[2] for e in self._index])
+        return Filled(len(self._index), self._bytes, frozenset(e[1] for e in self._index))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a shard holds: how many images, their bytes, whose (labels)."""
+
+    images: int
+    bytes: int
+    labels: frozenset[int]
+
+
+def seal(
+    aside: Path, directory: Path, name: str, splits: Mapping[str, Sequence[Filled]], content_sha256: str, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describes the shards that lie in `aside` and moves it into place; returns the whole metadata."""
+    told = {
+        split: {
+            "images": sum(s.images for s in shards),
+            "people": len(frozenset().union(*(s.labels for s in shards))),
+            "shards": len(shards),
+        }
+        for split, shards in splits.items()
+    }
+    whole = {"format": VERSION, "name": name, "splits": told, "content_sha256": content_sha256, **metadata}
+    info = {
+        "name": name,
+        "version": VERSION,
+        "fileFormat": "tfrecord",
+        "moduleName": "",
+        "description": "Faces, by facenet_jax.",
+        "splits": [
+            {
+                "name": split,
+                "shardLengths": [str(s.images) for s in shards],
+                "numBytes": str(sum(s.bytes for s in shards)),
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+            for split, shards in splits.items()
+        ],
+    }
+    for file_name, described in (("metadata.json", whole), ("dataset_info.json", info), ("features.json", FEATURES)):
+        (aside / file_name).write_text(json.dumps(described, indent=1) + "\n")
+    if directory.exists():
+        directory.rmdir()
+    aside.rename(directory)
+    return whole
+
+
 class Writer:
     """Writes one directory of records; use as a context manager. Shards fill round robin, so each holds many people."""
 
     def __init__(self, directory: Path, name: str, shards: dict[str, int]) -> None:
-        if directory.exists() and any(directory.iterdir()):
-            raise BadInput(f"{directory}: already there; remove it or choose another output")
+        check_absent(directory)
         self.directory = directory
         # Of this process alone: two that write the same directory must not meet before one of them is done.
         self._aside = directory.with_name(f".{directory.name}.{os.getpid()}.writing")
-        self._name, self._shards = name, shards
-        self._files: dict[str, list[BinaryIO]] = {}
-        self._index: dict[str, list[list[tuple[int, int, str]]]] = {}
-        self._bytes = dict.fromkeys(shards, 0)
-        self._counts = dict.fromkeys(shards, 0)
+        self._name, self._counts = name, shards
+        self._shards: dict[str, list[ShardWriter]] = {}
+        self._images = dict.fromkeys(shards, 0)
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> "Writer":
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
-        for split, count in self._shards.items():
-            paths = [self._aside / f"{self._name}-{split}.tfrecord-{i:05d}-of-{count:05d}" for i in range(count)]
-            self._files[split] = [path.open("wb") for path in paths]
-            self._index[split] = [[] for _ in paths]
+        for split, count in self._counts.items():
+            self._shards[split] = [ShardWriter(self._aside / shard_name(self._name, split, i, count)) for i in range(count)]
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        for files in self._files.values():
-            for file in files:
-                file.close()
+        for shards in self._shards.values():
+            for shard in shards:
+                shard.close()
         if kind is not None:
             shutil.rmtree(self._aside, ignore_errors=True)
 
     def add(self, split: str, image: bytes, label: int, identity: str, key: str) -> None:
         """Appends one face; image is JPEG or PNG bytes."""
-        shard = self._counts[split] % len(self._files[split])
-        self._counts[split] += 1
-        file, index = self._files[split][shard], self._index[split][shard]
-        index.append((file.tell(), label, key))
-        file.write(frame(example.serialise(image, label, identity, key)))
-        self._bytes[split] += len(image)
-        self._hash.update(f"{split}\0{label}\0{identity}\0{key}\0".encode() + hashlib.sha256(image).digest())
+        shards = self._shards[split]
+        shards[self._images[split] % len(shards)].add(image, label, identity, key)
+        self._images[split] += 1
+        self._hash.update(content(split, hashlib.sha256(image).digest(), label, identity, key))
 
     def splits_with_images(self) -> set[str]:
         """Splits that hold something."""
-        return {split for split, count in self._counts.items() if count}
+        return {split for split, count in self._images.items() if count}
 
     def finish(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Writes indices and descriptions and moves the directory into place; returns the whole metadata."""
-        for split, files in self._files.items():
-            for file, entries in zip(files, self._index[split], strict=True):
-                end = file.tell()
-                file.close()
-                save_index(Path(file.name), [*(e[0] for e in entries), end], [e[1] for e in entries], [e[2] for e in entries])
-        splits = {
-            split: {"images": self._counts[split], "people": len({e[1] for s in index for e in s}), "shards": len(index)}
-            for split, index in self._index.items()
-        }
-        whole = {"format": VERSION, "name": self._name, "splits": splits, "content_sha256": self._hash.hexdigest(), **metadata}
-        info = {
-            "name": self._name,
-            "version": VERSION,
-            "fileFormat": "tfrecord",
-            "moduleName": "",
-            "description": "Faces, by facenet_jax.",
-            "splits": [
-                {
-                    "name": split,
-                    "shardLengths": [str(len(s)) for s in index],
-                    "numBytes": str(self._bytes[split]),
-                    "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                }
-                for split, index in self._index.items()
-            ],
-        }
-        for file_name, content in (("metadata.json", whole), ("dataset_info.json", info), ("features.json", FEATURES)):
-            (self._aside / file_name).write_text(json.dumps(content, indent=1) + "\n")
-        if self.directory.exists():
-            self.directory.rmdir()
-        self._aside.rename(self.directory)
-        return whole
+        filled = {split: [shard.finish() for shard in shards] for split, shards in self._shards.items()}
+        return seal(self._aside, self.directory, self._name, filled, self._hash.hexdigest(), metadata)
 
 
 def iterate(directory: Path, split: str) -> Iterator[dict[str, Any]]:

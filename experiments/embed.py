@@ -11,6 +11,7 @@ from data_pipelines import sources
 from experiments import embedding
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
+from facenet_jax.inference import Embedder
 
 FLAGS = flags.FLAGS
 
@@ -22,6 +23,8 @@ def main(_: list[str]) -> None:
         raise BadInput("--weights and --records are needed")
     source = sources.open_source(FLAGS.records, FLAGS.split)
     embedder = embedding.open_embedder(FLAGS.weights)
+    if isinstance(embedder, Embedder):
+        embedding.check_alignment(embedder.weights.provenance, source, FLAGS.force)
     found = embedding.embed(embedder, source, crop=FLAGS.crop, flip=FLAGS.flip)
     output = Path(FLAGS.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +47,7 @@ def _flags() -> None:
     flags.DEFINE_string("output", "embeddings.npz", "File to write.")
     flags.DEFINE_integer("crop", 0, "Cut so many central pixels of each record; 0 takes it whole.", lower_bound=0)
     flags.DEFINE_bool("flip", False, "Put the mirror image's embedding beside the image's.")
+    flags.DEFINE_bool("force", False, "Embed although the records are aligned in another way than the training data.")
 
 
 if __name__ == "__main__":

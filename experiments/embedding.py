@@ -2,8 +2,9 @@
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -59,6 +60,17 @@ def alignment_family(method: str) -> str:
     """ "mtcnn margin 32 at 160" and "crop_160_32 of lfw_mtcnn_original.npz" are one family, "mtcnn"; "" where the text names none."""
     found = re.search(r"mtcnn|haar|dlib|insightface|openface|drawn", method.lower())
     return found.group() if found else ""
+
+
+def check_alignment(trained_on: Mapping[str, Any], records: Source, force: bool) -> None:
+    """Refuses records aligned in another way than the network's training data, where both say how they were; `trained_on` is a description of
+    records or the provenance of weights."""
+    trained, here = (d.get("alignment", {}).get("method", "") for d in (trained_on, records.metadata))
+    known = {name: alignment_family(name) for name in (trained, here)}
+    if all(known.values()) and known[trained] != known[here] and not force:
+        raise BadInput(
+            f"the network was trained on faces cut by {trained!r}, these records by {here!r}: scores would mislead; --force measures anyway"
+        )
 
 
 @dataclass(frozen=True)

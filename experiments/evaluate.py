@@ -35,16 +35,6 @@ def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str
     return found
 
 
-def check_alignment(embedder: Embedder, source: sources.Source, force: bool) -> None:
-    """Refuses records aligned in another way than the network's training data, where both say how they were."""
-    trained, here = (d.get("alignment", {}).get("method", "") for d in (embedder.weights.provenance, source.metadata))
-    known = {name: embedding.alignment_family(name) for name in (trained, here)}
-    if all(known.values()) and known[trained] != known[here] and not force:
-        raise BadInput(
-            f"the network was trained on faces cut by {trained!r}, these records by {here!r}: scores would mislead; --force measures anyway"
-        )
-
-
 def main(_: list[str]) -> None:
     """Command line."""
     command_line.use_compilation_cache()
@@ -67,7 +57,7 @@ def main(_: list[str]) -> None:
         first, second, present = embedding.rows_of_pairs(pairs, source.keys, FLAGS.allow_missing)
         embedder = embedding.open_embedder(FLAGS.weights)
         if isinstance(embedder, Embedder):
-            check_alignment(embedder, source, FLAGS.force)
+            embedding.check_alignment(embedder.weights.provenance, source, FLAGS.force)
         needed = np.unique(np.concatenate([first[present], second[present]]))
         found = embedding.embed(embedder, source, indices=needed, crop=FLAGS.crop, flip=flip)
         embeddings = np.zeros((len(source.keys), found.embeddings.shape[1]), np.float32)

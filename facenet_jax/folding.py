@@ -18,9 +18,14 @@ Path = tuple[str, ...]
 Apply = Callable[[Any, jax.Array], jax.Array]
 
 
-@lru_cache(16)
 def foldable(model: nn.Module, size: int) -> dict[Path, tuple[Path, float, bool]]:
     """{path of a BatchNorm: (path of the layer whose output is its whole input, its epsilon, whether that layer has a bias)}."""
+    return traced(model, size)[0]
+
+
+@lru_cache(16)
+def traced(model: nn.Module, size: int) -> tuple[dict[Path, tuple[Path, float, bool]], Any]:
+    """What is foldable, and the variables as shapes: one look at a network, which takes a second for a large one."""
     producers: dict[int, tuple[jax.Array, Path, bool]] = {}
     pairs: dict[Path, tuple[Path, float, bool]] = {}
 
@@ -38,8 +43,8 @@ def foldable(model: nn.Module, size: int) -> dict[Path, tuple[Path, float, bool]
         return y
 
     with nn.intercept_methods(watch):
-        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    return pairs
+        shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    return pairs, shapes
 
 
 def fold(model: nn.Module, size: int, variables: Any) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def apply_folded(model: nn.Module, size: int, variables: Any, images: jax.Array)
     def skip(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         if isinstance(module, BatchNorm) and context.method_name == "__call__" and module.path in pairs:
-            bias = module.get_variable("params", "bias")
+            bias: jax.Array = module.get_variable("params", "bias")
             return args[0] + bias.astype(args[0].dtype)
         return call(*args, **kwargs)
 

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from facenet_jax import folding, models
@@ -25,7 +24,7 @@ def check_variables(weights: Weights) -> None:
     """BadInput names the first tensor that the network expects and the weights lack, or that has another shape."""
     model = models.create(weights.network, **weights.arguments)
     size = weights.preprocessing["size"]
-    expected = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    _, expected = folding.traced(model, size)
     wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
     there = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(weights.variables)}
     for name in sorted(set(wanted) | set(there)):

@@ -226,10 +226,10 @@ def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: A
     """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x."""
     first = norms[0]
     parts = [norm.variables_of(n) for norm, n in zip(norms, features, strict=True)]
-    scale, bias = (jnp.concatenate([part[i] for part in parts]) for i in (0, 1))
+    scale, bias = jnp.concatenate([part[0] for part in parts]), jnp.concatenate([part[1] for part in parts])
     x = x.astype(first.dtype)
     if not train:
-        mean, var = (jnp.concatenate([part[i].value for part in parts]) for i in (2, 3))
+        mean, var = jnp.concatenate([part[2].value for part in parts]), jnp.concatenate([part[3].value for part in parts])
         factor = scale * lax.rsqrt(var + first.epsilon)
         return x * factor.astype(first.dtype) + (bias - mean * factor).astype(first.dtype)
     if x.shape[0] % first.groups:

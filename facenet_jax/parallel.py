@@ -1,37 +1,115 @@
 """Mesh, shardings, multi-host start-up: the only file that knows about devices."""
 
+import collections
+import contextlib
+import json
 import os
-from collections.abc import Callable
-from functools import partial
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from facenet_jax.errors import BadInput
+from facenet_jax.errors import BadInput, one_line_errors
 
 DATA = "data"
 
 
-def start_distributed(coordinator: str = "", process_count: int = 0, process_index: int = -1, timeout_s: int = 300) -> None:
-    """Joins the hosts of a run. Without arguments it does nothing on one host and asks the TPU environment on a pod.
+# The first host may write reports for long while the others have finished: only a dead one ends that wait.
+_SHUTDOWN_S = 86_400
+# The others lose their coordinator with the first process: it lets them say first what they have to say.
+_GRACE_S = 3.0
+_GONE = (
+    "another process of this run is gone, or this one was killed (the lines above say which): start the same command on every host again, "
+    "with as many processes as there are hosts then; it goes on from the last checkpoint"
+)
 
-    Prints who joined before the first collective, because a pod that waits for a missing host is otherwise silent.
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str = "", process_count: int = 0, process_index: int = -1, timeout_s: int = 300, heartbeat_s: int = 100
+) -> Iterator[None]:
+    """The part of a run that many hosts do together. Without arguments it does nothing on one host and asks the TPU environment on a pod.
+
+    At its end it waits for the others. An error ends this process at once, without waiting for hosts that wait for it: bad input in one line and
+    exit code 2, as on one host, and so a connection that broke. A process of which nothing was heard for `heartbeat_s` seconds is dead, and the
+    others end. BadInput where the hosts cannot join within `timeout_s` or have different numbers of devices.
     """
-    if coordinator:
-        jax.distributed.initialize(coordinator, process_count, process_index, initialization_timeout=timeout_s)
-    elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
-        jax.distributed.initialize(initialization_timeout=timeout_s)
-    if jax.process_count() > 1:
-        print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices here", flush=True)
+    if not coordinator and not os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+        yield
+        return
+    if coordinator and (":" not in coordinator or not 0 <= process_index < process_count):
+        raise BadInput(f"process {process_index} of {process_count} at {coordinator!r}: give address:port and an index below the count")
+    # JAX ends a process from within when another one dies, by abort() and a stack trace; no Python runs then. A child that waits at a pipe
+    # for a farewell says the one line that helps.
+    script = ["sh", "-c", 'read farewell || printf "error: %s\\n" "$0" >&2', _GONE]
+    last_word = subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
+    leader, code = process_index == 0, 0
+    try:
+        with one_line_errors():
+            _join(coordinator, process_count, process_index, timeout_s, heartbeat_s)
+            leader = is_first_process()
+            yield
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        code = 2
+        if any(word in str(error) for word in ("Gloo", "NCCL", "coordination service", "UNAVAILABLE")):
+            print(f"{str(error).splitlines()[0]}\nerror: {_GONE}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            code = 1
+    if code == 0:
+        jax.distributed.shutdown()
+    last_word.communicate(b"farewell\n")
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(_GRACE_S if leader else 0)
+        os._exit(code)
+
+
+def _join(coordinator: str, process_count: int, process_index: int, timeout_s: int, heartbeat_s: int) -> None:
+    join = partial(jax.distributed.initialize, coordinator, process_count, process_index) if coordinator else jax.distributed.initialize
+    try:
+        join(initialization_timeout=timeout_s, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=_SHUTDOWN_S)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(
+            f"the processes did not join within {timeout_s} s: start the same command on every host, each with its own --process_index, and see "
+            f"that {coordinator or 'the coordinator'} is free and reachable ({str(error).splitlines()[0][:200]})"
+        ) from None
+    # JAX has set a handler of its own that would swallow the signal; the training loop sets its own, and before that a signal ends the process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Before the first collective, because a pod that waits for a missing host is otherwise silent.
+    print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices here", flush=True)
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        each = ", ".join(f"{count} on process {process}" for process, count in sorted(devices.items()))
+        raise BadInput(f"the hosts have different numbers of devices ({each}), but each takes an equal share of a batch: make them alike")
+    # On CPU the first collective over a set of devices fails where one host comes to it 30 s after another (its compilation took longer, say):
+    # the sets that a run uses meet here, while all are at the same place.
+    gather("")
+    bool(any_process(make_mesh(), False))
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices on one axis, `data`."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA,))
+    """All devices on one axis, `data`; by default host by host, so that the hosts' rows lie in the batch in order of index."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), (DATA,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,17 +135,53 @@ def to_global(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str, jax.Ar
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in host_batch.items()}
 
 
-def any_process(flag: bool) -> bool:
-    """True on every host where it is True on one; a collective, so all must ask."""
+def any_process(mesh: Mesh, flag: bool) -> "jax.Array | bool":
+    """True on every host where it is True on one; a collective, so all must ask. Not waited for until its truth is asked."""
     if jax.process_count() == 1:
         return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    here = np.full(len(mesh.local_devices), flag)
+    return _any(mesh)(jax.make_array_from_process_local_data(batch_sharded(mesh), here))
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every host has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+@lru_cache(2)
+def _any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` (anything that JSON holds) of every process, in order; a collective."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Bad input that one process meets inside becomes bad input of all, so that none waits for it; all leave it at the same time. No collective inside."""
+    problem = ""
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        problem = str(error)
+        if jax.process_count() == 1:
+            raise
+    for process, said in enumerate(gather(problem)):
+        if said:
+            raise BadInput(problem or f"process {process} ends this run: {said}")
+
+
+def check_alike(here: dict[str, Any]) -> None:
+    """BadInput on every process where one has another value than the first for any of these; names the processes and both values."""
+    first, *others = everywhere = gather(here)
+    keys = sorted(set().union(*everywhere))
+    for key in keys:
+        differing = [i for i, there in enumerate(others, 1) if there.get(key) != first.get(key)]
+        if differing:
+            values = ", ".join(f"{others[i - 1].get(key)!r} on process {i}" for i in differing[:8])
+            raise BadInput(f"the hosts differ: {key} is {first.get(key)!r} on process 0, {values}; give all of them the same")
 
 
 def is_first_process() -> bool:

@@ -1,4 +1,5 @@
-"""Triplets after softmax, on CelebA's 9,058 training people, for two CPU cores: the second half, from the network of celeba_softmax.
+"""Triplets after softmax, on CelebA's 9,058 training people, for two CPU cores: LFW 0.8965 ± 0.0047, VAL 0.245; the second half, from
+the network of celeba_softmax; 360,000 images, 33 minutes on a shared machine.
 
     python -m experiments.train --config=experiments/configs/celeba_softmax_triplet.py --data_dir=data \
         --config.init=runs/celeba_softmax/weights.safetensors --workdir=runs/celeba_softmax_triplet

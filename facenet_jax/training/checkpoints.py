@@ -1,9 +1,15 @@
 """Saving and restoring a run: the only file that knows orbax.
 
 One checkpoint holds the state (parameters, statistics, optimiser, moving average, step) and the position in the data; random keys
-follow from the seed and the step. Restoring takes shardings from the present mesh, never from the file.
+follow from the seed and the step. Restoring takes shardings from the present mesh, never from the file: any number of devices and
+processes goes on. Every process of a run saves and restores, in one directory that all of them see.
 """
 
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +23,13 @@ class Checkpoints:
     """Checkpoints of one run, newest last."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        # What orbax logs as an error it also raises, and it is said once, in our words.
+        logging.getLogger("absl").addFilter(_not_orbax)
+        self._directory = directory.resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        with self._writing():
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -26,28 +37,76 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: dict[str, Any], wait: bool = False) -> None:
-        """Saves in the background; a checkpoint appears whole or not at all."""
-        if self._manager.latest_step() != step:
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
-            self._manager.save(step, args=items)
-        if wait:
-            self._manager.wait_until_finished()
+        """Saves in the background; a checkpoint appears whole or not at all. BadInput where the disk is full, at the latest with the next save."""
+        with self._writing():
+            if self._manager.latest_step() != step:
+                items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+                self._manager.save(step, args=items)
+            if wait:
+                self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, laid out like `like` (arrays or shapes with shardings), and its position."""
+        """The newest state, laid out like `like` (arrays or shapes with shardings), and its position.
+
+        BadInput says whether the checkpoint is of another configuration or damaged.
+        """
         step = self._manager.latest_step()
         if step is None:
             raise BadInput("there is no checkpoint to restore")
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         try:
+            self._check_same_shapes(step, target)
             found = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
             )
-        except (ValueError, KeyError) as error:
-            raise BadInput(f"checkpoint {step} is not of this configuration: {str(error)[:300]}") from None
-        return found["state"], found["position"]
+            return found["state"], found["position"]
+        except BadInput:
+            raise
+        except Exception as error:  # Orbax answers a broken file with anything from OSError to a bare Exception.
+            raise BadInput(
+                f"{self._directory / str(step)}: this checkpoint is damaged ({str(error).splitlines()[0][:200]}): delete that directory, "
+                "and the same command goes on from the checkpoint before it"
+            ) from None
+
+    def _check_same_shapes(self, step: int, target: Any) -> None:
+        described = self._manager.item_metadata(step)["state"]
+        if described is None:
+            raise ValueError("its description cannot be read")
+        there, here = (_shapes(tree) for tree in (described, target))
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise BadInput(
+                    f"checkpoint {step} in {self._directory} is not of this configuration: {name} has shape {there.get(name, 'none')} there, "
+                    f"{here.get(name, 'none')} here"
+                )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what the system refused (a full disk, a quota, a missing right) into one line."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            # The library that writes arrays gives the system's error as text.
+            code = error.errno if isinstance(error, OSError) else int((re.findall(r"os_error_code='(\d+)'", str(error)) or [0])[0])
+            if not code:
+                raise
+            whole = max((int(path.name) for path in self._directory.glob("*") if path.name.isdigit()), default=None)
+            kept = "there is no checkpoint yet" if whole is None else f"the last whole checkpoint, of step {whole}, is kept"
+            raise BadInput(
+                f"{self._directory}: a checkpoint cannot be written ({os.strerror(code)}); {kept}. The same command goes on when that is mended"
+            ) from None
 
     def close(self) -> None:
         """Waits for saves under way."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = ocp.tree.to_flat_dict(tree, sep="/")
+    return {name: tuple(leaf.shape) for name, leaf in flat.items() if hasattr(leaf, "shape")}
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -84,8 +84,13 @@ class Log:
         """One object a line: {"kind": "train" or "evaluation", "step": ..., values}."""
         if not self._first:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise BadInput(
+                f"{self._file.name}: cannot be written ({error.strerror}); the same command goes on when that is mended"
+            ) from None
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -153,6 +158,7 @@ def fit(
     first = int(state.step)
     log = Log(workdir, plan.steps, first)
     recent: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
+    asking: collections.deque[jax.Array | bool] = collections.deque()
     started = last_time = time.perf_counter()
     waited, last_step, alarms, paused = 0.0, first, 0, 0.0
     finished = first >= plan.steps
@@ -172,10 +178,10 @@ def fit(
             before = time.perf_counter()
             try:
                 host_batch = next(batches)
-            except RuntimeError:
-                if not stop.requested:
+            except BadInput:
+                if not stop.requested or jax.process_count() > 1:
                     raise
-                # A signal to the whole process group ended the loader's workers as well.
+                # A signal to the whole process group ended the loader's workers as well, before they could ignore it.
                 checkpoints.save(step, state, {"batches": step, **(data or {})}, wait=True)
                 log.show(step, SAVED, keep=True)
                 break
@@ -187,8 +193,10 @@ def fit(
             check_finite(2)
             done = step + 1
             finished = done == plan.steps
-            # Looked at once a step: a signal that comes later ends the next step, which then saves.
-            asked = parallel.any_process(stop.requested) and not finished
+            # Looked at once a step: a signal that comes later ends a later step, which then saves. The answers of other hosts are looked at two steps
+            # later, by all of them in the same step: no host waits for the step it has just sent.
+            asking.append(parallel.any_process(mesh, stop.requested))
+            asked = len(asking) > (2 if jax.process_count() > 1 else 0) and bool(asking.popleft()) and not finished
             ending = finished or asked
             if done % plan.log_every == 0 or ending:
                 values = {name: float(value) for name, value in metrics.items() if name != "finite"}

@@ -4,6 +4,7 @@ Names follow from the Flax tree by rule. PyTorch holds the kernels of convolutio
 """
 
 import functools
+import io
 import math
 import re
 import warnings
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from facenet_jax import models
 from facenet_jax.errors import BadInput
@@ -228,6 +230,19 @@ def to_torch(variables: dict[str, Any], network: str, logits: dict[str, Any] | N
         name.removesuffix("running_var") + "num_batches_tracked": np.zeros((), np.int64) for name in arrays if "running_var" in name
     }
     return arrays | counters
+
+
+def encode_state_dict(arrays: dict[str, np.ndarray], suffix: str) -> bytes:
+    """The file that `read_state_dict` reads: what torch.save writes of plain tensors, or safetensors where the suffix is ".safetensors"."""
+    if suffix == ".safetensors":
+        return save(arrays)
+    try:
+        import torch
+    except ImportError:
+        raise BadInput(f"a {suffix} file needs PyTorch: pip install -r requirements-torch.txt (a .safetensors file does not)") from None
+    content = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, content)
+    return content.getvalue()
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from data_pipelines import records
 from data_pipelines.sources import open_source
 from experiments import embedding
+from experiments.verifying import Evaluator
 from facenet_jax import models
 from facenet_jax.errors import BadInput
 from facenet_jax.evaluation import pairs as verification
@@ -104,14 +106,24 @@ def test_bad_input_is_one_line(weights, lfw_like, tmp_path):
     assert done.returncode == 0 and "1 pairs missing and counted as wrong" in done.stdout, done.stderr
 
 
-def test_another_alignment_is_refused(weights):
-    from experiments import evaluate
-
-    records_of_photographs = SimpleNamespace(metadata={"alignment": {"method": "mtcnn margin 32 at 160"}})
-    embedder = Embedder(load_weights(weights))
+def test_another_alignment_is_refused(weights, lfw_like, people, config, tmp_path):
+    trained, photographs = load_weights(weights).provenance, SimpleNamespace(metadata={"alignment": {"method": "mtcnn margin 32 at 160"}})
     with pytest.raises(BadInput, match="'drawn', these records by 'mtcnn"):
-        evaluate.check_alignment(embedder, records_of_photographs, force=False)
-    evaluate.check_alignment(embedder, records_of_photographs, force=True)
+        embedding.check_alignment(trained, photographs, force=False)
+    embedding.check_alignment(trained, photographs, force=True)
+    embedding.check_alignment({}, photographs, force=False)
+
+    other = tmp_path / "records"
+    shutil.copytree(lfw_like / "records", other)
+    described = json.loads((other / "metadata.json").read_text()) | {"alignment": {"method": "mtcnn margin 32 at 160"}}
+    (other / "metadata.json").write_text(json.dumps(described))
+    for module, more in (("embed", []), ("evaluate", [f"--pairs={lfw_like / 'pairs.txt'}"])):
+        done = call(f"experiments.{module}", f"--weights={weights}", f"--records={other}", f"--output={tmp_path / module}", *more)
+        assert done.returncode == 2 and "--force measures anyway" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    config.evaluation.update(records=str(other), split="test")
+    with pytest.raises(BadInput, match="'drawn', these records by 'mtcnn"):
+        Evaluator(config, tmp_path, open_source(str(people), "train"))
+    Evaluator(config, tmp_path, open_source(str(people), "train"), force=True)
 
 
 def test_pixels_know_little(people):

@@ -220,19 +220,58 @@ def command(people, tmp_path):
     return make
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(command, tmp_path):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT, env=environment, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "parts"), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "parts" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+@pytest.fixture
+def environment(tmp_path):
+    return {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+
+
+def start_and_wait(command, environment, workdir, count):
+    """The run, in a process group of its own, once it has written `count` lines of metrics more."""
+    metrics = workdir / "metrics.jsonl"
+    written = lambda: metrics.read_text().count("\n") if metrics.exists() else 0
+    wanted = written() + count
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and written() < wanted:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0 and "the same command goes on from here" in said
-    assert not (tmp_path / "parts" / "weights.safetensors").exists()
+    return process
+
+
+def children(pid):
+    """Processes that it started and that make batches."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(command, environment, tmp_path):
+    """First to the process alone, then to its whole group, workers included, as a terminal or a scheduler does it."""
+    subprocess.run(command(tmp_path / "whole"), check=True, cwd=ROOT, env=environment, capture_output=True)
+    for send in (os.kill, os.killpg):
+        process = start_and_wait(command(tmp_path / "parts"), environment, tmp_path / "parts", 3)
+        assert len(children(process.pid)) == 1
+        send(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0 and "the same command goes on from here" in said, said
+        assert not (tmp_path / "parts" / "weights.safetensors").exists()
     subprocess.run(command(tmp_path / "parts"), check=True, cwd=ROOT, env=environment, capture_output=True)
     equal(tmp_path / "whole" / "weights.safetensors", tmp_path / "parts" / "weights.safetensors")
+
+
+def test_a_dead_worker_ends_the_run_and_a_dead_run_its_worker(command, environment, tmp_path):
+    process = start_and_wait(command(tmp_path / "run", "--config.steps=2000"), environment, tmp_path / "run", 3)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(errors) == 1 and "a process that makes batches died" in errors[0], said
+    assert "Traceback" not in said, said
+
+    process = start_and_wait(command(tmp_path / "other", "--config.steps=2000"), environment, tmp_path / "other", 3)
+    (worker,) = children(process.pid)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_a_damaged_record_ends_the_run_by_name(command, people, tmp_path):
