@@ -1,13 +1,12 @@
 """Embeddings of records: `python -m experiments.embed --weights=W --records=data/lfw --split=test --output=E.npz`."""
 
-import os
 import sys
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from data_pipelines import sources
+from data_pipelines.embeddings import Embeddings, write_embeddings
 from experiments import embedding
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
@@ -27,16 +26,7 @@ def main(_: list[str]) -> None:
         embedding.check_alignment(embedder.weights.provenance, source, FLAGS.force)
     found = embedding.embed(embedder, source, crop=FLAGS.crop, flip=FLAGS.flip)
     output = Path(FLAGS.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.npz")
-    np.savez(
-        aside,
-        embeddings=found.embeddings,
-        keys=found.keys,
-        identities=found.identities,
-        weights_fingerprint=np.asarray(embedder.fingerprint),
-    )
-    aside.rename(output)
+    write_embeddings(output, Embeddings(found.embeddings, found.keys, found.identities, embedder.fingerprint))
     print(f"{output}: {len(found.keys)} x {found.embeddings.shape[1]}, {len(found.keys) / found.seconds:.0f} images/s", file=sys.stderr)
 
 

@@ -12,27 +12,14 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import sources
+from data_pipelines.embeddings import read_embeddings
 from experiments import embedding, reporting
 from facenet_jax import command_line
-from facenet_jax.errors import NPZ_ERRORS, BadInput
+from facenet_jax.errors import BadInput
 from facenet_jax.evaluation import pairs as verification
 from facenet_jax.inference import Embedder
 
 FLAGS = flags.FLAGS
-
-
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """(embeddings [n, d], keys [n], identities [n], weights fingerprint) of an embeddings file; BadInput where it is not one."""
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            found = data["embeddings"], data["keys"], data["identities"], str(data["weights_fingerprint"])
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such embeddings file") from None
-    except (*NPZ_ERRORS, KeyError) as error:
-        raise BadInput(f"{path}: not an embeddings file ({error})") from None
-    if found[0].ndim != 2 or len(found[0]) != len(found[1]) or len(found[0]) != len(found[2]):
-        raise BadInput(f"{path}: embeddings {found[0].shape}, keys {found[1].shape} and identities {found[2].shape} do not belong together")
-    return found
 
 
 def main(_: list[str]) -> None:
@@ -45,7 +32,8 @@ def main(_: list[str]) -> None:
     flip = FLAGS.flip
     seconds = 0.0
     if FLAGS.embeddings:
-        embeddings, keys, identities, fingerprint = read_embeddings(Path(FLAGS.embeddings))
+        read = read_embeddings(Path(FLAGS.embeddings))
+        embeddings, keys, identities, fingerprint = read.embeddings, read.keys, read.identities, read.fingerprint
         if flip:
             raise BadInput("--flip needs --weights: embeddings are made already")
         first, second, present = embedding.rows_of_pairs(pairs, keys, FLAGS.allow_missing)

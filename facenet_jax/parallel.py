@@ -33,6 +33,14 @@ _GONE = (
     "another process of this run is gone, or this one was killed (the lines above say which): start the same command on every host again, "
     "with as many processes as there are hosts then; it goes on from the last checkpoint"
 )
+_ALONE = "the processes did not join within {} s: start the same command on every host, each with its own --process_index, and see that {} is free and reachable"
+
+
+def _last_word(text: str) -> subprocess.Popen:
+    """A child that says one line unless it hears a farewell. JAX ends a process from within when another one dies or does not come, by abort() and a
+    stack trace; no Python runs then."""
+    script = ["sh", "-c", 'read farewell || printf "error: %s\\n" "$0" >&2', text]
+    return subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
 
 
 @contextlib.contextmanager
@@ -43,22 +51,22 @@ def joined(
 
     At its end it waits for the others. An error ends this process at once, without waiting for hosts that wait for it: bad input in one line and
     exit code 2, as on one host, and so a connection that broke. A process of which nothing was heard for `heartbeat_s` seconds is dead, and the
-    others end. BadInput where the hosts cannot join within `timeout_s` or have different numbers of devices.
+    others end. Where the hosts do not join within `timeout_s` JAX aborts; BadInput where they have different numbers of devices.
     """
     if not coordinator and not os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
         yield
         return
     if coordinator and (":" not in coordinator or not 0 <= process_index < process_count):
         raise BadInput(f"process {process_index} of {process_count} at {coordinator!r}: give address:port and an index below the count")
-    # JAX ends a process from within when another one dies, by abort() and a stack trace; no Python runs then. A child that waits at a pipe
-    # for a farewell says the one line that helps.
-    script = ["sh", "-c", 'read farewell || printf "error: %s\\n" "$0" >&2', _GONE]
-    last_word = subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
+    last_word = _last_word(_ALONE.format(timeout_s, coordinator or "the coordinator"))
     leader, code = process_index == 0, 0
     try:
         with one_line_errors():
             _join(coordinator, process_count, process_index, timeout_s, heartbeat_s)
             leader = is_first_process()
+            last_word.communicate(b"farewell\n")
+            last_word = _last_word(_GONE)
+            _meet()
             yield
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
@@ -87,12 +95,12 @@ def _join(coordinator: str, process_count: int, process_index: int, timeout_s: i
     try:
         join(initialization_timeout=timeout_s, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=_SHUTDOWN_S)
     except (RuntimeError, ValueError) as error:
-        raise BadInput(
-            f"the processes did not join within {timeout_s} s: start the same command on every host, each with its own --process_index, and see "
-            f"that {coordinator or 'the coordinator'} is free and reachable ({str(error).splitlines()[0][:200]})"
-        ) from None
+        raise BadInput(f"{_ALONE.format(timeout_s, coordinator or 'the coordinator')} ({str(error).splitlines()[0][:200]})") from None
     # JAX has set a handler of its own that would swallow the signal; the training loop sets its own, and before that a signal ends the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _meet() -> None:
     # Before the first collective, because a pod that waits for a missing host is otherwise silent.
     print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices here", flush=True)
     devices = collections.Counter(device.process_index for device in jax.devices())

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from facenet_jax.errors import NPZ_ERRORS, BadInput
+from data_pipelines.embeddings import read_embeddings
+from facenet_jax.errors import BadInput
 
 BLOCK = 2048
 MOST_PAIRS = 2_000_000
@@ -18,22 +19,15 @@ _SLACK = 1e-3
 _ROWS = 8192
 
 
-def read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """(embeddings [n, d] float32 of unit length, keys [n], weights fingerprint) of a file by `experiments.embed`; BadInput where it is not one."""
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            embeddings, keys, fingerprint = data["embeddings"], data["keys"], str(data["weights_fingerprint"])
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such embeddings file (make it with `python -m experiments.embed`)") from None
-    except (*NPZ_ERRORS, KeyError) as error:
-        raise BadInput(f"{path}: not an embeddings file ({error})") from None
-    if embeddings.ndim != 2 or keys.shape != embeddings.shape[:1]:
-        raise BadInput(f"{path}: embeddings {embeddings.shape} and keys {keys.shape} do not belong together")
+def read_directions(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """(embeddings [n, d] float32 of unit length, keys [n], weights fingerprint) of a file by `experiments.embed`; BadInput where one has no direction."""
+    found = read_embeddings(path)
+    embeddings, keys = found.embeddings, found.keys
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unusable = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(unusable):
         raise BadInput(f"{path}: {len(unusable)} embeddings have no direction (zero or not finite), the first is {keys[unusable[0]]}")
-    return (embeddings / lengths).astype(np.float32), keys, fingerprint
+    return (embeddings / lengths).astype(np.float32), keys, found.fingerprint
 
 
 def between(x: np.ndarray, first: np.ndarray, y: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ class Faces:
 def open_faces(records: str, split: str, embeddings: Path) -> Faces:
     """Records with the embeddings that `experiments.embed` made of them; BadInput where the two do not belong together."""
     source = open_source(records, split)
-    x, keys, fingerprint = distances.read_embeddings(embeddings)
+    x, keys, fingerprint = distances.read_directions(embeddings)
     _belong_together(source, keys, str(embeddings))
     return Faces(source, x, fingerprint)
 

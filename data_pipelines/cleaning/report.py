@@ -10,7 +10,7 @@ from data_pipelines import loader
 from data_pipelines.cleaning.exclusions import write_exclusions
 from data_pipelines.cleaning.faces import Finding, Findings, Section
 from facenet_jax import command_line
-from facenet_jax.report import page
+from facenet_jax.report import elements
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def _finding(found: Finding) -> str:
     columns = max(len(line) for line in found.pictures)
     cells = []
     for line in found.pictures:
-        cells += [f'<img src="{page._jpeg(loader.load_pixels(source, row), str(source.keys[row]))}" alt="">' for source, row in line]
+        cells += [f'<img src="{elements.jpeg(loader.load_pixels(source, row), str(source.keys[row]))}" alt="">' for source, row in line]
         cells += ["<span></span>"] * (columns - len(line))
     style = f"grid-template-columns: repeat({columns}, 1fr)"
     caption = escape(found.caption).replace("/", "/<wbr>")
@@ -49,7 +49,7 @@ def _finding(found: Finding) -> str:
 def _section(section: Section, pictures: int) -> str:
     shown = "".join(_finding(found) for found in section.findings[:pictures])
     more = f" The first {pictures} of {len(section.findings):,}; report.json has all." if len(section.findings) > pictures else ""
-    return page._section(section.title, f'<div class="pairs">{shown}</div>' if shown else "", section.note + more)
+    return elements.section(section.title, f'<div class="pairs">{shown}</div>' if shown else "", section.note + more)
 
 
 def _histogram(title: str, distances: np.ndarray, threshold: float) -> str:
@@ -58,8 +58,8 @@ def _histogram(title: str, distances: np.ndarray, threshold: float) -> str:
     edges = np.histogram_bin_edges(distances, bins=int(np.clip(np.sqrt(len(distances)), 5, 80)))
 
     def draw(axes: "Axes") -> None:
-        axes.stairs(np.histogram(distances, edges)[0], edges, fill=True, alpha=0.4, color=page._FIRST)
-        axes.axvline(threshold, color=page._INK, linestyle=":", linewidth=1, label=f"threshold {threshold:.3g}")
+        axes.stairs(np.histogram(distances, edges)[0], edges, fill=True, alpha=0.4, color=elements.FIRST)
+        axes.axvline(threshold, color=elements.INK, linestyle=":", linewidth=1, label=f"threshold {threshold:.3g}")
         # What lies past the threshold is rare; only a logarithm shows it.
         axes.set(xlabel="squared distance", ylabel="how many", yscale="log")
         axes.set_ylim(bottom=0.7)
@@ -67,7 +67,7 @@ def _histogram(title: str, distances: np.ndarray, threshold: float) -> str:
         axes.yaxis.set_minor_formatter("")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), handlelength=1.2)
 
-    return page._figure(title, page._plot(title, draw))
+    return elements.figure(title, elements.plot(title, draw))
 
 
 def _numbers(numbers: dict[str, float]) -> str:
@@ -80,7 +80,9 @@ def _numbers(numbers: dict[str, float]) -> str:
 
 def _table(table: list[tuple[str, ...]]) -> str:
     lines = ["".join(f"<{cell}>{escape(word)}</{cell}>" for word in words) for words, cell in zip(table, ["th", *["td"] * len(table)])]
-    return page._section("How many at which distance", f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if table else "")
+    return elements.section(
+        "How many at which distance", f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if table else ""
+    )
 
 
 def _page(title: str, findings: Findings, details: dict[str, Any], pictures: int) -> str:
@@ -88,28 +90,10 @@ def _page(title: str, findings: Findings, details: dict[str, Any], pictures: int
     body = "\n".join(
         (
             _numbers(findings.numbers),
-            page._section("Distances", page._grid(*(_histogram(*histogram) for histogram in findings.histograms))),
+            elements.section("Distances", elements.grid(*(_histogram(*histogram) for histogram in findings.histograms))),
             _table(findings.table),
             *(_section(section, pictures) for section in findings.sections),
-            page._section("How to repeat this", f"<dl>{terms}</dl>"),
+            elements.section("How to repeat this", f"<dl>{terms}</dl>"),
         )
     )
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}</title>
-<style>
-{page._STYLE}
-{_STYLE}
-</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-{body}
-</body>
-</html>
-"""
+    return elements.document(title, body, _STYLE)

@@ -1,11 +1,12 @@
 """MTCNN, all three stages on the device: photographs of many sizes on canvases of a few, boxes, scores and five points out.
 
 The arithmetic is davidsandberg/facenet's (src/align/detect_face.py): the same pyramid, resampling, rounding and suppression. Buffers have fixed
-sizes: a pyramid level gives at most `proposals` windows, a photograph at most `candidates` boxes, the best scored; nothing recompiles per photograph.
+sizes by canvas: a pyramid level gives at most `proposals` windows, a photograph at most `candidates` boxes, the best scored; nothing recompiles per
+photograph.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """minimum: the smallest face in pixels; thresholds: least score of each stage; factor: from one pyramid level to the next; buffers as above."""
+    """minimum: the smallest face in pixels; thresholds: least score of each stage; factor: from one pyramid level to the next; buffers as above,
+    which grow with large canvases."""
 
     minimum: int = 20
     thresholds: tuple[float, float, float] = (0.6, 0.7, 0.7)
@@ -44,6 +46,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.minimum < 4 or not 0 < self.factor < 1 or not all(0 < t < 1 for t in self.thresholds):
             raise BadInput("mtcnn: minimum must be at least 4 pixels, the factor and the thresholds between 0 and 1")
+
+    def on_canvas(self, pixels: int) -> "Settings":
+        """With the buffers for so many pixels. Photographs of crowds and leaves were seen to fill three quarters of these."""
+        room = pixels // 512
+        return replace(
+            self, proposals=max(self.proposals, room), candidates=max(self.candidates, room), refined=max(self.refined, room // 8)
+        )
 
 
 def pyramid(height: int, width: int, settings: Settings) -> list[float]:
@@ -118,14 +127,19 @@ def _windows(
     top, left = (side // _STRIDE for side in place)
     score, correction = (a[left : left + wide, top : top + high] for a in (scores, corrections))
     # Of odd sides the last pool is half empty.
-    there = _before((wide, high), ((out - _CELL + 1) // _STRIDE + 1)[::-1]) & (out >= _CELL).all()
+    filled = ((out - _CELL + 1) // _STRIDE + 1)[::-1]
+    there = _before((wide, high), filled) & (out >= _CELL).all()
     score, cell = _best(jnp.where(there & (score >= settings.thresholds[0]), score, -jnp.inf).reshape(1, -1), settings.proposals)
-    corner = _STRIDE * jnp.stack(jnp.divmod(cell[0], high), -1)
-    box = jnp.concatenate([_fix((corner + 1) / scale), _fix((corner + _CELL) / scale)], -1)
+    x, y = jnp.divmod(cell[0], high)
+    # From tables in float64: a quotient that should be whole decides which pixel is meant.
+    edge = lambda cells: jnp.asarray(np.trunc((_STRIDE * np.arange(max(wide, high)) + cells) / scale), jnp.float32)
+    box = jnp.stack([edge(1)[x], edge(1)[y], edge(_CELL)[x], edge(_CELL)[y]], -1)
+    # The original turns the corrections of a level with a single candidate over (generateBoundingBox): 1.2% of LFW's boxes follow from it.
+    x = jnp.where(jnp.isfinite(score[0]).sum() == 1, filled[0] - 1 - x, x)
     fill = (0, settings.proposals - len(box))
     return (
         jnp.pad(box, (fill, (0, 0))),
-        jnp.pad(correction.reshape(-1, 4)[cell[0]], (fill, (0, 0))),
+        jnp.pad(correction[x, y], (fill, (0, 0))),
         jnp.pad(score[0], fill, constant_values=-jnp.inf),
     )
 
@@ -157,6 +171,7 @@ def _in_chunks(function: Any, owner: Array, box: Array, valid: Array, chunk: int
 def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, scales: tuple[float, ...], settings: Settings) -> tuple:
     """photographs uint8 [b, h, w, 3] on black canvases, sizes [b, 2], level_sizes [b, levels, 2] (0: no such level) -> boxes, scores, points, valid."""
     count = photographs.shape[0]
+    settings = settings.on_canvas(photographs.shape[1] * photographs.shape[2])
     columns, corners = resample.running_sums(photographs)
     # A CPU keeps one photograph's maps in its cache; an accelerator wants them all.
     together = 1 if jax.default_backend() == "cpu" else count

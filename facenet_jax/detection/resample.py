@@ -39,28 +39,33 @@ def _shares(start: Array, end: Array, size: int) -> Array:
 def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int]) -> Array:
     """A photograph resized, rounded to whole values as OpenCV does with bytes.
 
-    columns [h + 1, w, 3]: running sums down each column, from 0; size, out [2]: height and width that count, before and after -> [*canvas, 3];
+    columns [h + 1, w, 3] int32: running sums down each column, from 0; size, out [2]: height and width that count, before and after -> [*canvas, 3];
     what lies beyond `out` is nonsense.
     """
     out = jnp.maximum(out, 1)
     shrinks = (size >= out).all()
     height = columns.shape[0] - 1
 
-    def down_to(places: Array) -> Array:
+    def down_to(places: Array) -> tuple[Array, Array]:
         whole = jnp.clip(places.astype(jnp.int32), 0, height - 1)
-        return columns[whole] + (places - whole)[:, None, None] * (columns[whole + 1] - columns[whole])
+        return columns[whole], (places - whole)[:, None, None] * (columns[whole + 1] - columns[whole])
 
     start, end = intervals(size[0], out[0], canvas[0], shrinks)
-    rows = (down_to(end) - down_to(start)) / jnp.maximum(end - start, 1e-6)[:, None, None]
+    (above, above_part), (below, below_part) = down_to(start), down_to(end)
+    # Whole sums are subtracted as integers: as float32 they would lose what decides the rounding.
+    rows = ((below - above) + (below_part - above_part)) / jnp.maximum(end - start, 1e-6)[:, None, None]
     shares = _shares(*intervals(size[1], out[1], canvas[1], shrinks), columns.shape[1])
     return jnp.round(jnp.einsum("jw,iwc->ijc", shares, rows, precision=lax.Precision.HIGHEST))
 
 
 def running_sums(photographs: Array) -> tuple[Array, Array]:
-    """uint8 [b, h, w, 3] -> sums down columns [b, h + 1, w, 3] float32, and sums over rectangles from the corner [b, h + 1, w + 1, 3] int32."""
+    """uint8 [b, h, w, 3] -> sums down columns [b, h + 1, w, 3], and sums over rectangles from the corner [b, h + 1, w + 1, 3], int32.
+
+    Sums over rectangles may pass 2^31 and wrap; their differences do not.
+    """
     columns = jnp.pad(_running(photographs.astype(jnp.int32), 1), ((0, 0), (1, 0), (0, 0), (0, 0)))
     corners = jnp.pad(_running(columns, 2), ((0, 0), (0, 0), (1, 0), (0, 0)))
-    return columns.astype(jnp.float32), corners
+    return columns, corners
 
 
 def _running(x: Array, axis: int) -> Array:
@@ -74,6 +79,13 @@ def _running(x: Array, axis: int) -> Array:
     return lax.platform_dependent(x, cpu=loop, default=partial(jnp.cumsum, axis=axis))
 
 
+def _boundaries(size: Array, out: int, corner: Array, limit: int) -> tuple[Array, Array]:
+    """(whole pixels, parts of the next) [out + 1] at which the `out` intervals of a box's side begin and end, held within the photograph's `limit`."""
+    place = jnp.clip(jnp.arange(out + 1) * (size / out) + corner, 0, limit)
+    whole = jnp.minimum(place.astype(jnp.int32), limit - 1)
+    return whole, place - whole
+
+
 @partial(jax.vmap, in_axes=(None, None, 0, 0, None))
 def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
     """Boxes of photographs, resized: photographs uint8 [b, h, w, 3], corners of `running_sums`, owner [n], box [n, 4] int -> [n, side, side, 3] float32.
@@ -84,37 +96,30 @@ def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: in
     size = jnp.maximum(jnp.stack([box[3] - box[1] + 1, box[2] - box[0] + 1]), 1)
     shrinks = (size >= side).all()
     corner = jnp.stack([box[1] - 1, box[0] - 1])
-    # Sums may pass 2^31 and wrap; their differences do not.
-    base = corners[owner, jnp.clip(corner[0], 0, height), jnp.clip(corner[1], 0, width)]
-
-    def sums(y: Array, x: Array) -> Array:
-        """Of the rectangles from the box's corner to (y, x) [n + 1] within the box -> [n + 1, n + 1, 3]."""
-        y, x = jnp.clip(y + corner[0], 0, height), jnp.clip(x + corner[1], 0, width)
-        whole_y, whole_x = (jnp.minimum(v.astype(jnp.int32), n - 1) for v, n in ((y, height), (x, width)))
-        at = lambda i, j: (corners[owner, (whole_y + i)[:, None], (whole_x + j)[None]] - base).astype(jnp.float32)
-        part_y, part_x = (y - whole_y)[:, None, None], (x - whole_x)[None, :, None]
-        upper = at(0, 0) * (1 - part_x) + at(0, 1) * part_x
-        lower = at(1, 0) * (1 - part_x) + at(1, 1) * part_x
-        return upper * (1 - part_y) + lower * part_y
-
-    boundaries = [jnp.arange(side + 1) * (size[axis] / side) for axis in (0, 1)]
-    total = sums(*boundaries)
-    area = (size[0] / side) * (size[1] / side)
-    mean = (total[1:, 1:] - total[:-1, 1:] - total[1:, :-1] + total[:-1, :-1]) / area
+    # The sum down to a boundary between pixels is that to the pixel's edge, and parts of the next row, the next column and the next pixel. Differences are
+    # taken of the whole sums, as integers, before parts are multiplied in.
+    (y, part_y), (x, part_x) = (_boundaries(size[axis], side, corner[axis], limit) for axis, limit in ((0, height), (1, width)))
+    at = lambda i, j: corners[owner, (y + i)[:, None], (x + j)[None]]
+    here, right, below, both = at(0, 0), at(0, 1), at(1, 0), at(1, 1)
+    part_y, part_x = part_y[:, None, None], part_x[None, :, None]
+    down, across = partial(jnp.diff, axis=0), partial(jnp.diff, axis=1)
+    total = down(across(here)) + across(part_x * down(right - here)) + down(part_y * across(below - here))
+    total += down(across(part_y * part_x * (both - right - below + here)))
+    mean = total / ((size[0] / side) * (size[1] / side))
 
     def neighbours(axis: int) -> tuple[Array, Array]:
         start, _ = intervals(size[axis], side, side, jnp.asarray(False))
         whole = start.astype(jnp.int32)
         return whole + corner[axis], start - whole
 
-    (y, part_y), (x, part_x) = neighbours(0), neighbours(1)
+    (top, part_y), (left, part_x) = neighbours(0), neighbours(1)
 
     def pixel(i: int, j: int) -> Array:
-        row, column = y + i, x + j
+        row, column = top + i, left + j
         inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None]
         values = photographs[owner, jnp.clip(row, 0, height - 1)[:, None], jnp.clip(column, 0, width - 1)[None]]
         return jnp.where(inside[..., None], values, 0).astype(jnp.float32)
 
-    across = lambda i: pixel(i, 0) * (1 - part_x)[None, :, None] + pixel(i, 1) * part_x[None, :, None]
-    between = across(0) * (1 - part_y)[:, None, None] + across(1) * part_y[:, None, None]
+    row = lambda i: pixel(i, 0) * (1 - part_x)[None, :, None] + pixel(i, 1) * part_x[None, :, None]
+    between = row(0) * (1 - part_y)[:, None, None] + row(1) * part_y[:, None, None]
     return jnp.where(shrinks, mean, between)

@@ -53,6 +53,9 @@ def detect(image, networks, minimum=20, thresholds=(0.6, 0.7, 0.7), factor=0.709
         small = cv2.resize(image, (int(np.ceil(width * scale)), int(np.ceil(height * scale))), interpolation=cv2.INTER_AREA)
         score, shift = pnet((small - 127.5) * 0.0078125)
         x, y = np.where(thresholds[0] <= score.T)
+        if len(x) == 1:
+            # The original mirrors the shifts of a level with a single candidate (generateBoundingBox).
+            shift = shift[:, ::-1]
         corner = np.stack([x, y], 1)
         rows = np.concatenate([np.fix((2 * corner + 1) / scale), np.fix((2 * corner + 12) / scale), score[y, x][:, None], shift[y, x]], 1)
         found = np.concatenate([found, rows[suppress(rows, 0.5, False)]])

@@ -156,7 +156,7 @@ def test_odd_photographs():
 
 
 def test_a_photograph_wider_than_the_canvases_is_shrunk_and_reported_in_its_own_pixels(monkeypatch):
-    photograph = images.open_photograph(photographs()["one_person.jpg"])[:400, :400]
+    photograph = images.open_photograph(photographs()["five_people.jpg"])[:300, 450:750]
     plain = detector()([photograph])[0]
     monkeypatch.setattr(mtcnn, "_SIDES", (128, 256))
     shrunk = detector()([photograph])[0]
