@@ -26,7 +26,7 @@ def main(_: list[str]) -> None:
         embedding.check_alignment(embedder.weights.provenance, source, FLAGS.force)
     found = embedding.embed(embedder, source, crop=FLAGS.crop, flip=FLAGS.flip)
     output = Path(FLAGS.output)
-    write_embeddings(output, Embeddings(found.embeddings, found.keys, found.identities, embedder.fingerprint))
+    write_embeddings(output, Embeddings(found.embeddings, found.keys, found.identities, embedder.fingerprint, FLAGS.flip))
     print(f"{output}: {len(found.keys)} x {found.embeddings.shape[1]}, {len(found.keys) / found.seconds:.0f} images/s", file=sys.stderr)
 
 

@@ -57,8 +57,9 @@ def open_embedder(name: str) -> EmbedsImages:
 
 
 def alignment_family(method: str) -> str:
-    """ "mtcnn margin 32 at 160" and "crop_160_32 of lfw_mtcnn_original.npz" are one family, "mtcnn"; "" where the text names none."""
-    found = re.search(r"mtcnn|haar|dlib|insightface|openface|drawn", method.lower())
+    """Of records: the template that faces are warped to, "insightface template"; else the detector whose box is cut, with any margin: "mtcnn margin 32 at
+    160" and "crop_160_32 of lfw_mtcnn_original.npz" are one family, "mtcnn"; "" where the text names none."""
+    found = re.search(r"\w+ template|mtcnn|haar|dlib|drawn", method.lower())
     return found.group() if found else ""
 
 

@@ -33,9 +33,10 @@ def main(_: list[str]) -> None:
     seconds = 0.0
     if FLAGS.embeddings:
         read = read_embeddings(Path(FLAGS.embeddings))
-        embeddings, keys, identities, fingerprint = read.embeddings, read.keys, read.identities, read.fingerprint
+        embeddings, keys, identities, fingerprint, made_flipped = read.embeddings, read.keys, read.identities, read.fingerprint, read.flip
         if flip:
             raise BadInput("--flip needs --weights: embeddings are made already")
+        flip = made_flipped
         first, second, present = embedding.rows_of_pairs(pairs, keys, FLAGS.allow_missing)
         if source is not None and not np.array_equal(source.keys, keys):
             raise BadInput(f"--records={FLAGS.records} holds other images than --embeddings, or in another order")

@@ -26,6 +26,7 @@ from facenet_jax import command_line, models, parallel
 from facenet_jax.errors import BadInput
 from facenet_jax.training import loop, step
 from facenet_jax.training.checkpoints import Checkpoints
+from facenet_jax.weights.cache import find_weights
 from facenet_jax.weights.portable import load_weights
 
 FLAGS = flags.FLAGS
@@ -66,7 +67,7 @@ def check_hosts(config: ConfigDict, workdir: Path, train: sources.Source, evalua
             "content_sha256 of data.records": train.metadata.get("content_sha256", ""),
             "the length of the evaluation split": len(evaluation.labels),
             "content_sha256 of the evaluation records": evaluation.metadata.get("content_sha256", ""),
-            "the file init": hashlib.sha256(Path(config.init).read_bytes()).hexdigest() if config.init else "",
+            "the file init": hashlib.sha256(find_weights(config.init).read_bytes()).hexdigest() if config.init else "",
             "the list of checkpoints": saved_steps(workdir),
             **command_line.flatten(json.loads(config.to_json())),
         }
@@ -100,17 +101,22 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def take_initial(path: Path, config: ConfigDict, state: step.State) -> step.State:
+def take_initial(path_or_name: str, config: ConfigDict, state: step.State) -> step.State:
     """The state with the network of a weights file; BadInput where it is another network."""
-    weights = load_weights(path)
+    weights = load_weights(find_weights(path_or_name))
     shapes = lambda tree: {jax.tree_util.keystr(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     here = shapes({"params": state.params["network"], "batch_stats": state.batch_stats})
-    if weights.network != config.model.name or shapes(weights.variables) != here:
-        raise BadInput(
-            f"init={path} is a {weights.network} of {weights.embedding_size} numbers, this run's is a {config.model.name} of {config.model.embedding_size}"
-        )
+    if weights.network != config.model.name:
+        raise BadInput(f"init={path_or_name} is a {weights.network}, this run's network is a {config.model.name}")
+    there = shapes(weights.variables)
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise BadInput(
+                f"init={path_or_name} is another {weights.network}: {name} has shape {there.get(name, 'none')} there, {here.get(name, 'none')} in "
+                f"this run; the file's settings are {weights.arguments}, this run's --config.model"
+            )
     if weights.preprocessing["standardisation"] != config.model.standardisation:
-        raise BadInput(f"init={path} was trained with model.standardisation={weights.preprocessing['standardisation']}")
+        raise BadInput(f"init={path_or_name} was trained with model.standardisation={weights.preprocessing['standardisation']}")
     params = {**state.params, "network": weights.variables["params"]}
     stats = weights.variables.get("batch_stats", {})
     return dataclasses.replace(
@@ -163,7 +169,7 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path, force: bool = False) 
     else:
         state = parts.initial_state()
         if config.init:
-            state = take_initial(Path(config.init), config, state)
+            state = take_initial(config.init, config, state)
         state = jax.device_put(state, whole)
         say(f"{config.model.name}: {models.parameter_count({'params': state.params['network']}):,} trainable values")
 

@@ -62,7 +62,7 @@ class Evaluator:
             embedder,
             self.source,
             indices=self._needed,
-            crop=self._config.transforms.crop,
+            crop=self._config.evaluation.crop if self._config.evaluation.records else self._config.transforms.crop,
             flip=self._config.evaluation.flip,
             progress=False,
         )
@@ -104,7 +104,9 @@ def publish(
         "accuracy": float(np.median(found.fold_thresholds)),
         f"far_{found.far_target:g}": float(np.median(found.fold_val_thresholds)),
     }
-    weights = dataclasses.replace(current_weights(config, state, source), thresholds={found.distance: threshold})
+    # Those of embeddings with the mirror image's beside them would mislead whoever embeds images plainly.
+    plain = not (config.evaluation.flip or config.evaluation.mean_subtraction)
+    weights = dataclasses.replace(current_weights(config, state, source), thresholds={found.distance: threshold} if plain else {})
     fingerprint = save_weights(workdir / "weights.safetensors", weights)
     result = {
         **found.to_json(),

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from facenet_jax.errors import one_line_errors
+from facenet_jax.errors import one_line_errors, say_error
+from facenet_jax.files import written
 
 
 def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
@@ -45,8 +46,7 @@ def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
 
 def fail(message: str) -> int:
     """Says it in one line on stderr and gives the exit code of bad input."""
-    print(f"error: {' '.join(message.split())}; --help lists the flags", file=sys.stderr)
-    return 2
+    return say_error(f"{message}; --help lists the flags")
 
 
 def command() -> str:
@@ -72,6 +72,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes aside, then renames."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.rename(path)
+    with written(path) as aside:
+        aside.write_text(json.dumps(value, indent=1) + "\n")

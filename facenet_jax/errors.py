@@ -20,12 +20,13 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(say_error(str(error)))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_fail(f"{where}{error.strerror or error}"))
+        sys.exit(say_error(f"{where}{error.strerror or error}"))
 
 
-def _fail(message: str) -> int:
+def say_error(message: str) -> int:
+    """Says it in one line on stderr; the exit code of bad input."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -14,7 +14,7 @@ from facenet_jax import folding, models
 from facenet_jax.errors import BadInput
 from facenet_jax.layers import l2_normalize
 from facenet_jax.preprocessing import Preprocessing
-from facenet_jax.weights.cache import cached_path
+from facenet_jax.weights.cache import find_weights
 from facenet_jax.weights.portable import Weights, load_weights
 
 BATCHES = (1, 4, 16, 64, 256)
@@ -23,8 +23,9 @@ BATCHES = (1, 4, 16, 64, 256)
 def check_variables(weights: Weights) -> None:
     """BadInput names the first tensor that the network expects and the weights lack, or that has another shape."""
     model = models.create(weights.network, **weights.arguments)
-    size = weights.preprocessing["size"]
-    _, expected = folding.traced(model, size)
+    if "size" not in weights.preprocessing:
+        raise BadInput(f"{weights.network}: these weights do not say how pixels are preprocessed; not a network that embeds images")
+    _, expected = folding.traced(model, weights.preprocessing["size"])
     wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
     there = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(weights.variables)}
     for name in sorted(set(wanted) | set(there)):
@@ -63,7 +64,7 @@ class Embedder:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights: equal where embeddings are."""
+        """Of the weights: embeddings are equal where it is."""
         return self.weights.fingerprint
 
     @property
@@ -109,10 +110,4 @@ class Embedder:
 
 def load(path_or_name: str | Path) -> Embedder:
     """An `Embedder` from a weights file, or from a name that `facenet_jax.apps.pretrained` has fetched."""
-    path = Path(path_or_name)
-    if not path.exists():
-        name = str(path_or_name)
-        path = cached_path(name) if "/" not in name and cached_path(name).exists() else path
-        if not path.exists():
-            raise BadInput(f"{name}: no such weights file; published networks come by `python -m facenet_jax.apps.pretrained NAME`")
-    return Embedder(load_weights(path))
+    return Embedder(load_weights(find_weights(path_or_name)))

@@ -82,10 +82,14 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     return total.reshape(shape).astype(x.dtype)
 
 
+def _is_product(kernel: Array, stride: int, padding: Padding) -> bool:
+    return kernel.shape[:2] == (1, 1) and stride == 1 and (isinstance(padding, str) or not any(map(any, padding)))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d]; 1x1 kernels run as a matrix product."""
-    if kernel.shape[:2] == (1, 1) and stride == 1:
+    if _is_product(kernel, stride, padding):
         return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=precision_for(x.dtype))
     return _convolve(x, kernel, stride, padding)
 
@@ -96,7 +100,7 @@ def _conv2d_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> t
 
 def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    if kernel.shape[:2] == (1, 1) and stride == 1:
+    if _is_product(kernel, stride, padding):
         precision = precision_for(x.dtype)
         dx = jnp.einsum("nhwd,cd->nhwc", dy, kernel[0, 0], precision=precision)
         return dx, jnp.einsum("nhwc,nhwd->cd", x, dy, precision=precision)[None, None]

@@ -84,13 +84,15 @@ def identities(labels: Array, mask: Array) -> Identities:
 class Sums(NamedTuple):
     """What adds up over anchors, float32 scalars.
 
-    triplets: pairs that found a negative (every negative, for "every"); active: those with a positive loss; positive: sum of
+    triplets: pairs that found a negative (for "every": triplets with a positive loss); active: those with a positive loss; possible: how many
+    there can be, pairs (for "every": pairs and negatives); positive: sum of
     the pairs' distances; negative: sum over anchors of the mean distance to other identities.
     """
 
     loss: Array
     triplets: Array
     active: Array
+    possible: Array
     pairs: Array
     positive: Array
     anchors: Array
@@ -158,6 +160,7 @@ def mine_block(
         if how.choose == "every":
             loss = jnp.where(allowed, (to_positive + margin)[:, None] - distances, 0).sum(1)
             found = active = allowed.sum(1, dtype=jnp.float32)
+            possible = (is_negative & valid[:, None]).sum(dtype=jnp.float32)
             gradient = gradient - allowed
         else:
             if how.choose == "nearest":
@@ -167,6 +170,7 @@ def mine_block(
             loss = to_positive + margin - distances[lanes, jnp.minimum(chosen, count - 1)]
             found = (chosen < count).astype(jnp.float32)
             active = found * (loss > 0)
+            possible = valid.sum(dtype=jnp.float32)
             loss = loss * active
             gradient = gradient.at[lanes, chosen].add(-active, mode="drop")
         gradient = gradient.at[lanes, positives].add(active)
@@ -174,6 +178,7 @@ def mine_block(
             loss=sums.loss + loss.sum(),
             triplets=sums.triplets + found.sum(),
             active=sums.active + active.sum(),
+            possible=sums.possible + possible,
             pairs=sums.pairs + valid.sum(),
             positive=sums.positive + (to_positive * valid).sum(),
             anchors=sums.anchors,
@@ -183,7 +188,7 @@ def mine_block(
     others = is_negative.sum(1, dtype=jnp.float32)
     to_others = jnp.where(is_negative, distances, 0).sum(1) / jnp.maximum(others, 1)
     zero = jnp.float32(0)
-    carry = Sums(zero, zero, zero, zero, zero, (others > 0).sum(dtype=jnp.float32), to_others.sum()), jnp.zeros_like(distances)
+    carry = Sums(zero, zero, zero, zero, zero, zero, (others > 0).sum(dtype=jnp.float32), to_others.sum()), jnp.zeros_like(distances)
 
     if how.pairs in ("hardest", "easiest"):
         columns = jnp.arange(count)

@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "evaluation": {
                 "records": "",  # where the pairs' images are; empty: the same as data.records
                 "split": "validation",
+                "crop": 0,  # of other records than data.records: cut so many central pixels; of the same, transforms.crop counts
                 "pairs": "",  # an LFW pairs.txt; empty: pairs are drawn from the split's people
                 "distance": "squared",
                 "flip": False,

@@ -11,7 +11,6 @@ embeddings [n, d], of unit length where the weights say so. --fold puts BatchNor
 
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from absl import flags
 import facenet_jax
 from facenet_jax import command_line, folding, models
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 from facenet_jax.layers import l2_normalize
 from facenet_jax.preprocessing import Preprocessing
 from facenet_jax.weights.portable import Weights
@@ -132,13 +132,8 @@ def export(form: str, source: str | Path, output: Path, **options: bool) -> Weig
         raise BadInput(f"{output}: the output must be another file, and end in {' or '.join(FORMATS[form].suffixes)}")
     weights = facenet_jax.load(source).weights
     content = FORMATS[form].encode(weights, output.suffix, **given)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.writing")
-    try:
+    with written(output) as aside:
         aside.write_bytes(content)
-        aside.rename(output)
-    finally:
-        aside.unlink(missing_ok=True)
     return weights
 
 

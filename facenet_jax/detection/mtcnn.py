@@ -19,7 +19,7 @@ from jax import lax
 from facenet_jax.detection import Faces, boxes, resample
 from facenet_jax.detection.networks import ONet, PNet, RNet
 from facenet_jax.errors import BadInput
-from facenet_jax.weights.cache import cached_path
+from facenet_jax.weights.cache import find_weights
 from facenet_jax.weights.portable import load_weights
 
 Array = jax.Array
@@ -222,11 +222,7 @@ class Mtcnn:
 
     def __init__(self, weights: str | Path = "mtcnn", **settings: Any) -> None:
         self.settings = Settings(**settings)
-        path = Path(weights)
-        if not path.exists():
-            path = cached_path(str(weights))
-        if not path.exists():
-            raise BadInput(f"{weights}: no such weights; the published ones come by `python -m facenet_jax.apps.pretrained mtcnn`")
+        path = find_weights(weights)
         found = load_weights(path)
         if found.network != "mtcnn":
             raise BadInput(f"{path}: weights of {found.network}, not of mtcnn")
@@ -259,15 +255,15 @@ class Mtcnn:
         shrunk = []
         for row, photograph in enumerate(photographs):
             fitted = _shrunk(photograph)
-            shrunk.append(photograph.shape[0] / fitted.shape[0])
             height, width = sizes[row] = fitted.shape[:2]
+            shrunk.append(np.asarray([photograph.shape[1] / width, photograph.shape[0] / height], np.float32))
             images[row, :height, :width] = fitted
             for level, scale in enumerate(pyramid(height, width, self.settings)):
                 level_sizes[row, level] = int(np.ceil(height * scale)), int(np.ceil(width * scale))
         found = _detect(self._params, images, sizes, level_sizes, scales, self.settings)
         box, score, points, valid = (np.asarray(a) for a in found)
         return [
-            Faces(box[row][keep] * ratio, score[row][keep], points[row][keep] * ratio)
+            Faces(box[row][keep] * np.tile(ratio, 2), score[row][keep], points[row][keep] * ratio)
             for row, (keep, ratio) in enumerate(zip(valid, shrunk, strict=False))
         ]
 

@@ -49,6 +49,8 @@ def read_pairs(path: Path) -> Pairs:
         folds, count = (int(word) for word in lines[0][1])
     except (ValueError, IndexError):
         raise BadInput(f"{path}: the first line must be 'folds pairs', as in LFW's pairs.txt: '10 300'") from None
+    if folds < 2 or count < 1:
+        raise BadInput(f"{path}: its first line promises {folds} folds of {count} pairs of each kind; at least 2 of 1 are needed")
     first, second, same = [], [], []
     for number, words in lines[1:]:
         try:
@@ -65,6 +67,10 @@ def read_pairs(path: Path) -> Pairs:
     return Pairs(np.asarray(first), np.asarray(second), np.asarray(same), np.repeat(np.arange(folds), 2 * count))
 
 
+# Of a fold that pairs are drawn from: 32 million pairs to choose from.
+_MOST_IMAGES = 8192
+
+
 def draw_pairs(keys: np.ndarray, labels: np.ndarray, folds: int = 10, per_fold: int = 300, seed: int = 0) -> Pairs:
     """Pairs of an own set of people by LFW's rule: people are cut into folds, each with `per_fold` same and as many different pairs.
 
@@ -75,6 +81,10 @@ def draw_pairs(keys: np.ndarray, labels: np.ndarray, folds: int = 10, per_fold: 
     people = rng.permutation(np.unique(labels))
     for fold in np.array_split(people, folds):
         rows = np.flatnonzero(np.isin(labels, fold))
+        if len(rows) > _MOST_IMAGES:
+            # All pairs are listed below; whole people, so that same pairs stay.
+            counts = np.cumsum([(labels == person).sum() for person in fold])
+            rows = np.flatnonzero(np.isin(labels, fold[: max(2, int((counts <= _MOST_IMAGES).sum()))]))
         one, other = (rows[side] for side in np.triu_indices(len(rows), 1))
         for alike in (True, False):
             candidates = np.flatnonzero((labels[one] == labels[other]) == alike)

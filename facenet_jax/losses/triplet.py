@@ -69,10 +69,9 @@ def _forward(embeddings: Array, labels: Array, mask: Array, draw: Array, mesh: M
     count = jnp.maximum(sums.triplets, 1) if settings.reduction == "mean" else jnp.float32(1)
     too_many = mining.identities(labels, mask).size.max() > settings.max_images
     loss = jnp.where(too_many, jnp.nan, sums.loss / count)
-    possible = jnp.maximum(sums.triplets if how.choose == "every" else sums.pairs, 1)
     metrics = {
         "triplets": sums.triplets,
-        "active": sums.active / possible,
+        "active": sums.active / jnp.maximum(sums.possible, 1),
         "positive": sums.positive / jnp.maximum(sums.pairs, 1),
         "negative": sums.negative / jnp.maximum(sums.anchors, 1),
     }

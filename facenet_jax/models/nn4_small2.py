@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from facenet_jax.errors import BadInput
 from facenet_jax.layers import BatchNorm, Conv, Dense, l2_pool, local_response_norm, max_pool
 
 _PAD = {1: ((0, 0), (0, 0)), 3: ((1, 1), (1, 1)), 5: ((2, 2), (2, 2)), 7: ((3, 3), (3, 3))}
@@ -99,13 +100,15 @@ class Nn4Small2(nn.Module):
         def unit(y: jax.Array, name: str, features: int, kernel: int, stride: int = 1) -> jax.Array:
             return _ConvNorm(features, kernel, stride, self.bn_groups, self.dtype, name=name)(y, train)
 
+        if self.pooling not in ("released", "definition"):
+            raise BadInput(f"nn4_small2: no pooling named {self.pooling!r}; there are released, definition")
+        released = self.pooling == "released"
         x = unit(images, "conv1", 64, 7, 2)
         x = local_response_norm(max_pool(x, 3, 2, _PAD[3]))
         x = unit(x, "conv2", 64, 1)
         x = local_response_norm(unit(x, "conv3", 192, 3))
         x = max_pool(x, 3, 2, _PAD[3])
         for name, one, three, five, pool, stride in _STAGES:
-            released = self.pooling == "released"
             block = _Inception(one, three, five, pool, stride, released, self.bn_groups, self.dtype, name=f"inception_{name}")
             x = block(x, train)
         x = nn.avg_pool(x, x.shape[1:3]).reshape(x.shape[0], -1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from facenet_jax.evaluation.pairs import Verification, roc
+from facenet_jax.files import written
 from facenet_jax.report import elements
 
 if TYPE_CHECKING:
@@ -60,13 +61,9 @@ class Report:
 def write(path: Path, report: Report) -> None:
     """Writes the page, whole or not at all. ValueError where a picture is not [h, w, 3] uint8."""
     page = _page(report)
-    aside = path.with_name(f".{path.name}.writing")
-    try:
+    with written(path) as aside:
         # Names may come from a file system that is not UTF-8; one odd letter must not cost the report.
         aside.write_text(page, encoding="utf-8", errors="replace")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def worst_pairs(

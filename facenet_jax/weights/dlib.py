@@ -206,4 +206,4 @@ def read_dlib(path: Path) -> dict[str, Any]:
 def read(path: Path) -> Weights:
     """The `Weights` of the file: 150x150, embeddings as they come (not of unit length). Errors as in `read_dlib`."""
     preprocessing = {"size": _SIZE, "standardisation": "dlib"}
-    return Weights(read_dlib(path), "dlib_resnet", {}, preprocessing, _EMBEDDING, normalise=False, thresholds={"euclidean": 0.6})
+    return Weights(read_dlib(path), "dlib_resnet", {}, preprocessing, _EMBEDDING, normalise=False, thresholds={"squared": {"stated": 0.36}})

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import lz4.frame
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from facenet_jax.detection.networks import variables_shapes
 from facenet_jax.errors import BadInput
+from facenet_jax.weights.checks import problem, refuse
 from facenet_jax.weights.portable import Weights
 
 NETWORKS = ("pnet", "rnet", "onet")
@@ -279,6 +279,7 @@ def _checked(found: dict[str, np.ndarray], network: str, where: str) -> dict[str
             raise BadInput(
                 f"{where}: {network} tensor {name} has shape {have or 'none (missing)'}, expected {wanted.get(name, 'none (unknown)')}"
             )
+        refuse(f"{where}: {network}", [problem(name, tensors[name], wanted[name])])
     return unflatten_dict({name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}, sep="/")
 
 
@@ -307,8 +308,3 @@ def read(folder: Path, provenance: dict[str, Any] | None = None) -> Weights:
             raise BadInput(f"{folder}: no {', '.join(names[:-1])} or {names[-1]}")
         params[network] = _read(path, path.read_bytes(), network)
     return Weights({"params": params}, "mtcnn", {}, {}, 0, normalise=False, provenance=provenance or {})
-
-
-def parameter_count(weights: Weights) -> int:
-    """Trainable values of the three networks."""
-    return sum(leaf.size for leaf in jax.tree.leaves(weights.variables["params"]))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 
 FORMAT = "facenet_jax/1"
 
@@ -22,7 +22,7 @@ class Weights:
     """A trained network.
 
     variables: {"params": ..., "batch_stats": ...}, float32 NumPy leaves; network, arguments: for `models.create`; preprocessing: for
-    `Preprocessing(**...)`; thresholds: distance by stated false-accept rate; provenance: free text fields (source, licence, training data, alignment).
+    `Preprocessing(**...)`; thresholds: by distance, then by what they are for ("accuracy", "far_0.001", "stated"), of embeddings without flip and mean subtraction; provenance: free text fields (source, licence, training data, alignment).
     """
 
     variables: dict[str, Any]
@@ -36,7 +36,7 @@ class Weights:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over the tensors, the network and the preprocessing: equal where embeddings are."""
+        """16 hexadecimal digits over the tensors, the network and the preprocessing: embeddings are equal where it is."""
         digest = hashlib.sha256(json.dumps([self.network, self.arguments, self.preprocessing, self.normalise], sort_keys=True).encode())
         for path, leaf in sorted(flatten_dict(self.variables, sep="/").items()):
             digest.update(path.encode() + str(np.shape(leaf)).encode() + np.ascontiguousarray(leaf, np.float32).tobytes())
@@ -49,13 +49,8 @@ def save_weights(path: Path, weights: Weights) -> str:
     # Not dataclasses.asdict, which would copy every tensor.
     described = {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "variables"} | {"fingerprint": weights.fingerprint}
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in described.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
+    with written(path) as aside:
         save_file(tensors, aside, metadata)
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return weights.fingerprint
 
 
@@ -67,7 +62,8 @@ def load_weights(path: Path) -> Weights:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, ValueError, OSError) as error:
+    # What its reader raises for types that NumPy lacks is no ValueError.
+    except (SafetensorError, ValueError, OSError, AttributeError, TypeError) as error:
         raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
         raise BadInput(
@@ -77,8 +73,8 @@ def load_weights(path: Path) -> Weights:
         described = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
         fingerprint = described.pop("fingerprint")
         weights = Weights(variables=unflatten_dict(tensors, sep="/"), **described)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: its metadata is broken ({error})") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise BadInput(f"{path}: its metadata or the names of its tensors are broken ({error})") from None
     if weights.fingerprint != fingerprint:
         raise BadInput(f"{path}: its tensors are not the ones it was written with (fingerprint {weights.fingerprint}, not {fingerprint})")
     return weights
