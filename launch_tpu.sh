@@ -2,7 +2,8 @@
 # Trains on a Cloud TPU: creates or reuses the machine, copies this commit, runs one command on every worker, goes on after preemption.
 #
 #   ./launch_tpu.sh --name=tpu1 --zone=us-west4-a --accelerator=v5litepod-16 --spot --bucket=BUCKET --config=CONFIG.py
-#   ./launch_tpu.sh ... --dry_run    prints every command instead, and compiles the train step for that TPU (no account, no network)
+#   ./launch_tpu.sh ... --dry_run    prints every command instead, and compiles the train step for that TPU (no account, no network);
+#                                    with --command it compiles nothing
 #   ./launch_tpu.sh --local ...      runs the command here
 #
 # The machine
@@ -29,7 +30,7 @@
 set -euo pipefail
 
 name='' zone='' accelerator='' version='' queued='' spot='' create_flags='' delete='' topology='' dry_run='' local=''
-config='' command='' setup='' bucket='' workdir='' data_dir=data run_id='' repo='' allow_dirty='' collect='' tries=20 poll=30
+config='' command='' trains='' setup='' bucket='' workdir='' data_dir=data run_id='' repo='' allow_dirty='' collect='' tries=20 poll=30
 
 bad() {
   echo "error: $1; --help lists the flags" >&2
@@ -83,7 +84,7 @@ if [[ -z $local ]]; then
   [[ $version ]] || bad "no runtime image known for $accelerator: give --version (gcloud compute tpus tpu-vm versions list --zone=$zone)"
 fi
 
-if [[ $dry_run && -z $topology ]]; then
+if [[ $dry_run && -z $topology$command ]]; then
   declare -A flat=([1]=1x1 [4]=2x2 [8]=2x4 [16]=4x4 [32]=4x8 [64]=8x8 [128]=8x16 [256]=16x16)
   declare -A deep=([8]=2x2x1 [16]=2x2x2 [32]=2x2x4 [64]=2x4x4 [128]=4x4x4 [256]=4x4x8 [512]=4x8x8 [1024]=8x8x8)
   size=${accelerator#*-}
@@ -108,6 +109,7 @@ here=runs/$run_id
 logs=$here/logs/$(date -u +%Y%m%dT%H%M%S)
 workdir=${workdir:-$here}
 if [[ -z $command ]]; then
+  trains=yes
   collect=${collect:-evaluation.json,metrics.jsonl,report.html,weights.safetensors}
   # shellcheck disable=SC2016 # Filled where it runs; the last on each worker: how the workers of a pod find each other.
   command='python -m experiments.train --workdir="$FACENET_JAX_WORKDIR" --data_dir="$FACENET_JAX_DATA_DIR"'
@@ -276,10 +278,16 @@ if [[ $dry_run ]]; then
   run_command 1
   [[ -z $collect ]] || collect_results
   [[ -z $delete ]] || delete_machine
+  [[ $trains ]] || { say "nothing is compiled: what --command trains is not known here" && exit; }
   mkdir -p "$here"
-  compile=(python -m experiments.aot_compile "--topology=$topology" "--output=$here/aot.json")
-  [[ -z $config ]] || compile+=("--config=$config")
-  for word; do [[ $word != --config.* ]] || compile+=("$word"); done
+  # Of experiments.train's flags those of the config, with their values; where there is no config, its default.
+  words=() flag=''
+  for word; do
+    [[ ! $word =~ ^--?[a-z] ]] || flag=$word
+    [[ ! $flag =~ ^--?(no)?config([.=]|$) ]] || words+=("$word")
+  done
+  [[ " ${words[*]} " =~ \ --?config[=\ ] ]] || config=${config:-experiments/configs/synthetic.py}
+  compile=(python -m experiments.aot_compile "--topology=$topology" "--output=$here/aot.json" ${config:+"--config=$config"} "${words[@]}")
   quoted "${compile[@]}"
   "${compile[@]}"
   exit

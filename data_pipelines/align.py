@@ -24,8 +24,9 @@ from data_pipelines.processes import in_processes
 from facenet_jax import alignment, command_line
 from facenet_jax.alignment import Alignment
 from facenet_jax.apps import pretrained
-from facenet_jax.detection import CENTRES, CORNERS, Detector
+from facenet_jax.detection import CENTRES, CORNERS, DETECTORS, Detector
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 
 FLAGS = flags.FLAGS
 NO_FACE = "no face"
@@ -85,20 +86,18 @@ def align_one(
     cuts = planned(found, how, middle)
     problem = "" if cuts and cuts[0].which is not None else NO_FACE
     paths = [output / f"{photograph.key}{f'_{i}' if how.choose == 'all' else ''}.{ENDINGS[form]}" for i in range(len(cuts))]
-    written = [(str(path.relative_to(output)), cut.rectangle) for path, cut in zip(paths, cuts, strict=True)]
+    files = [(str(path.relative_to(output)), cut.rectangle) for path, cut in zip(paths, cuts, strict=True)]
     if all(path.exists() for path in paths):
-        return written, problem
+        return files, problem
     try:
         pixels = images.open_photograph(read(photograph), jpeg)
         faces = [cut_out(pixels, found, cut, how) for cut in cuts]
     except BadInput as error:
         return [], str(error)
     for path, face in zip(paths, faces, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.writing")
-        aside.write_bytes(images.encode(face, form))
-        aside.rename(path)
-    return written, problem
+        with written(path) as aside:
+            aside.write_bytes(images.encode(face, form))
+    return files, problem
 
 
 def draw(photograph: np.ndarray, found: Found) -> np.ndarray:
@@ -151,15 +150,12 @@ def align(
     work = partial(align_one, output=output, how=how, form=form, middle=middle, jpeg=what.jpeg)
     problems, lines = {}, []
     results = in_processes(work, [(p, known[p.key]) for p in listed], processes)
-    for photograph, (written, problem) in zip(
-        listed, tqdm(results, total=len(listed), unit="image", desc="cut", mininterval=2), strict=True
-    ):
+    for photograph, (files, problem) in zip(listed, tqdm(results, total=len(listed), unit="image", desc="cut", mininterval=2), strict=True):
         if problem:
-            problems[photograph.key] = problem + (": its middle was cut" if written else ": left out")
-        lines += [f"{name} {' '.join(map(str, box))}\n" for name, box in written] or [f"{photograph.key}.{ENDINGS[form]}\n"]
-    aside = output / ".bounding_boxes.txt"
-    aside.write_text("".join(lines))
-    aside.rename(output / "bounding_boxes.txt")
+            problems[photograph.key] = problem + (": its middle was cut" if files else ": left out")
+        lines += [f"{name} {' '.join(map(str, box))}\n" for name, box in files] or [f"{photograph.key}.{ENDINGS[form]}\n"]
+    with written(output / "bounding_boxes.txt") as aside:
+        aside.write_text("".join(lines))
     command_line.write_json(output / "rejected.json", problems)
     return problems
 
@@ -199,7 +195,7 @@ def alignment_of_flags(size: int) -> Alignment:
 def define_flags() -> None:
     """Flags that `align` and `prepare --align` share."""
     flags.DEFINE_enum("layout", "auto", ["auto", *LAYOUTS], "How --input is laid out (docs/data.md); auto looks at it.")
-    flags.DEFINE_enum("detector", "mtcnn", ["mtcnn", "haar", "dlib_hog"], "Who finds the faces.")
+    flags.DEFINE_enum("detector", "mtcnn", DETECTORS, "Who finds the faces.")
     flags.DEFINE_integer("minimum_face", 0, "Smallest face in pixels; 0 is the detector's own choice (mtcnn: 20).", lower_bound=0)
     flags.DEFINE_list("thresholds", [], "mtcnn: least scores of its three stages (0.6,0.7,0.7).")
     flags.DEFINE_float("pyramid_factor", 0, "mtcnn: from one pyramid level to the next (0.709).", 0, 1)

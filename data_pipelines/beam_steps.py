@@ -31,6 +31,7 @@ from data_pipelines.importers.layouts import photographs
 from facenet_jax import command_line, detection
 from facenet_jax.apps import pretrained
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 
 NAMESPACE = "facenet_jax"
 # Photographs whose places travel together, and those that are looked at together.
@@ -188,9 +189,8 @@ def rejections_path(aside: Path) -> Path:
 
 def write_rejections(rejected: list[Rejection], aside: str) -> None:
     """Writes all of them, aside first."""
-    temporary = Path(aside) / f".{uuid.uuid4().hex}"
-    temporary.write_text(json.dumps(rejected))
-    temporary.rename(rejections_path(Path(aside)))
+    with written(rejections_path(Path(aside))) as temporary:
+        temporary.write_text(json.dumps(rejected))
 
 
 def build(pipeline: beam.Pipeline, job: Job, count: int) -> None:

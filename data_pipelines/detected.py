@@ -16,6 +16,7 @@ from data_pipelines.processes import in_processes
 from facenet_jax import detection
 from facenet_jax.detection import Detector, Faces
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 
 # Photographs, and their pixels, that are held at a time.
 _WINDOW, _WINDOW_PIXELS = 128, 48_000_000
@@ -74,9 +75,8 @@ def read_journal(path: Path, detection_settings: Detection) -> dict[str, Found]:
     if whole[0].strip() != header:
         raise BadInput(f"{path} holds faces of another detector or other settings: delete it, or choose another output")
     if len(whole) < len(lines):
-        aside = path.with_suffix(".aside")
-        aside.write_text("".join(whole))
-        aside.rename(path)
+        with written(path) as aside:
+            aside.write_text("".join(whole))
     try:
         return dict(map(_of_line, whole[1:]))
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -116,7 +116,8 @@ def look(
     photographs: list[Photograph], jpeg: str, detector: Callable[[], Detector], processes: int = 1
 ) -> Iterator[list[tuple[Photograph, Found]]]:
     """What is on each photograph, some at a time, in order; numbers rounded as the journal has them. `detector` is called where there are pixels."""
-    for window in _windows(in_processes(partial(_open, jpeg=jpeg), photographs, processes, chunk=2), photographs):
+    # Pixels are large: beside the window, two photographs a process.
+    for window in _windows(in_processes(partial(_open, jpeg=jpeg), photographs, processes, chunk=1, ahead=2), photographs):
         pixels = [p for _, p in window if not isinstance(p, str)]
         faces = iter(detector()(pixels) if pixels else [])
         yield [

@@ -21,7 +21,7 @@ from data_pipelines import align, images, records
 from data_pipelines.align import NO_FACE, Rectangle, alignment_of_flags, cut_out, detection_of_flags, planned
 from data_pipelines.cleaning.exclusions import read_exclusions
 from data_pipelines.detected import NOTHING, Detection, Found, find_faces, read
-from data_pipelines.importers import Photograph
+from data_pipelines.importers import Photograph, some
 from data_pipelines.importers.folders import natural
 from data_pipelines.importers.layouts import photographs
 from data_pipelines.processes import in_processes
@@ -123,7 +123,7 @@ def prepare(
     where: Mapping[str, Rectangle | Found] | None = None,
     alignment: dict | None = None,
 ) -> dict:
-    """Writes records and returns their metadata. Images that cannot be used are counted and listed in rejected.json.
+    """Writes records and returns their metadata, which names the images that cannot be used and says why.
 
     where: rectangles, or faces found, by key. BadInput, and nothing written, where more than the share `reject_limit` of the images cannot be
     used; photographs without a face do not count among them.
@@ -160,6 +160,8 @@ def taken(found: list[Photograph], lists: Sequence[str], quiet: bool = False) ->
             raise BadInput(f"--exclude={','.join(lists)} names no image and no person of the input: is it another data set's?")
         if not quiet:
             print(f"left out {len(found) - len(kept)} images that --exclude names", flush=True)
+            if unmatched := exclusions.unmatched((p.key for p in found), (p.identity for p in found)):
+                print(f"warning: {len(unmatched)} lines of --exclude name nothing of the input: {some(unmatched)}", flush=True)
     return kept
 
 
@@ -181,10 +183,30 @@ class Job:
     crops: Mapping[str, Rectangle | Found] | None = None
 
 
+# Flags that do nothing without another: who gives one expects something of it.
+_NEEDS = {
+    "align": ("detector", "minimum_face", "thresholds", "pyramid_factor", "margin", "margin_of", "template", "choose", "no_face"),
+    "crops": ("crops_key",),
+}
+
+
+def check_flags() -> None:
+    """BadInput for flags that were given and would do nothing."""
+    for needed, names in _NEEDS.items():
+        given = [f"--{name}" for name in names if FLAGS[name].present]
+        if given and not FLAGS[needed].value:
+            raise BadInput(f"{', '.join(given)}: of no effect without --{needed}")
+    if FLAGS.align and FLAGS["alignment"].present:
+        raise BadInput("--alignment says how the input was cut before: leave it out with --align, which writes down its own")
+    if FLAGS.validation_people and FLAGS.split == "validation":
+        raise BadInput("--split=validation is where --validation_people keeps people apart: give another --split, or leave one out")
+
+
 def job_of_flags() -> Job:
     """BadInput for flags that do not go together."""
     if not FLAGS.input or not FLAGS.output:
         raise BadInput("--input and --output are needed (or --reindex)")
+    check_flags()
     if FLAGS.align and (FLAGS.crops or FLAGS.choose == "all"):
         raise BadInput("--align cuts one face of each photograph by itself: leave out --crops, and --choose=all")
     output = Path(FLAGS.output)
@@ -234,7 +256,10 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Command line."""
     if FLAGS.reindex:
-        for path in sorted(p for p in Path(FLAGS.reindex).glob("*.tfrecord-*-of-*") if p.suffix != ".npz"):
+        shards = records.shards_in(Path(FLAGS.reindex))
+        if not shards:
+            raise BadInput(f"--reindex={FLAGS.reindex}: no shard of records is there (NAME-SPLIT.tfrecord-00000-of-00001)")
+        for path in shards:
             records.write_index(path)
             print(f"indexed {path}")
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from data_pipelines import prepare
+from data_pipelines import prepare, records
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
         split=FLAGS.split,
         held_out=FLAGS.validation_people,
         shards=tuple(prepare.shards_of(job.found, split_of, FLAGS.images_per_shard).items()),
-        aside=str(job.output.resolve().with_name(f".{job.output.name}.{os.getpid()}.writing")),
+        aside=str(records.working_folder(job.output.resolve())),
         name=job.output.name,
     )
     metadata, counters = beam_steps.run(steps, job.output, PipelineOptions(options), FLAGS.reject_limit, job.alignment)

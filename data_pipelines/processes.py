@@ -23,8 +23,11 @@ def _end_with_parent() -> None:
     Thread(target=wait, daemon=True).start()
 
 
-def in_processes(work: Callable[[Any], Any], things: list[Any], processes: int, chunk: int = 8) -> Iterator[Any]:
-    """`work` over all, in order, a little ahead of who asks; `work` and `things` must pickle. BadInput where a process was killed."""
+def in_processes(work: Callable[[Any], Any], things: list[Any], processes: int, chunk: int = 8, ahead: int = 16) -> Iterator[Any]:
+    """`work` over all, in order, `ahead` chunks of each process (even) ahead of who asks; `work` and `things` must pickle.
+
+    BadInput where a process was killed.
+    """
     if processes <= 1:
         yield from map(work, things)
         return
@@ -32,7 +35,7 @@ def in_processes(work: Callable[[Any], Any], things: list[Any], processes: int, 
         # Fresh processes: one that forks after JAX has started its threads may hang.
         with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
             # In windows: submitting everything at once would hold every result in memory.
-            window = 8 * chunk * processes
+            window = ahead // 2 * chunk * processes
             parts = [things[start : start + window] for start in range(0, len(things), window)]
             pending = [pool.map(work, part, chunksize=chunk) for part in parts[:2]]
             for index in range(len(parts)):

@@ -8,11 +8,13 @@
 `Writer` writes aside and renames at the end, so a directory of records is whole or absent.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import struct
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy as np
 
 from data_pipelines import example
 from facenet_jax.errors import NPZ_ERRORS, BadInput
+from facenet_jax.files import written
 from facenet_jax.wire import masked_crc32c
 
 VERSION = "1.0.0"
@@ -112,16 +115,23 @@ def write_index(path: Path) -> None:
 
 def save_index(path: Path, offsets: Sequence[int] | np.ndarray, labels: Sequence[Any], keys: Sequence[Any]) -> None:
     """Writes the index beside a shard, aside first."""
-    aside = index_path(path).with_suffix(".aside.npz")
-    np.savez(aside, offsets=np.asarray(offsets, np.int64), labels=np.asarray(labels, np.int64), keys=np.asarray(keys, np.str_))
-    aside.rename(index_path(path))
+    with written(index_path(path)) as aside, aside.open("wb") as file:
+        np.savez(file, offsets=np.asarray(offsets, np.int64), labels=np.asarray(labels, np.int64), keys=np.asarray(keys, np.str_))
+
+
+_NUMBER = "[0-9]" * 5
+
+
+def shards_in(directory: Path, split: str = "*") -> list[Path]:
+    """The shards that lie there, in order; neither their indices nor what a killed run left."""
+    return sorted(directory.glob(f"*-{split}.tfrecord-{_NUMBER}-of-{_NUMBER}"))
 
 
 def shard_paths(directory: Path, split: str) -> list[Path]:
     """The split's shards in order; BadInput where there are none or some are missing."""
-    paths = sorted(p for p in directory.glob(f"*-{split}.tfrecord-*-of-*") if not p.name.endswith(".npz"))
+    paths = shards_in(directory, split)
     if not paths:
-        there = sorted({p.name.rsplit(".tfrecord-", 1)[0].rsplit("-", 1)[-1] for p in directory.glob("*.tfrecord-*-of-*")})
+        there = sorted({p.name.rsplit(".tfrecord-", 1)[0].rsplit("-", 1)[-1] for p in shards_in(directory)})
         found = (
             f"it has the splits {', '.join(there)}" if there else "it holds no records (make them with `python -m data_pipelines.prepare`)"
         )
@@ -164,6 +174,11 @@ def check_absent(directory: Path) -> None:
     """BadInput where there is something already."""
     if directory.exists() and any(directory.iterdir()):
         raise BadInput(f"{directory}: already there; remove it or choose another output")
+
+
+def working_folder(directory: Path) -> Path:
+    """Beside the directory, of this run alone: two runs that write the same directory, on whichever machines, must not meet before one is done."""
+    return directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
 
 
 def shard_name(name: str, split: str, shard: int, shards: int) -> str:
@@ -254,18 +269,26 @@ class Writer:
     def __init__(self, directory: Path, name: str, shards: dict[str, int]) -> None:
         check_absent(directory)
         self.directory = directory
-        # Of this process alone: two that write the same directory must not meet before one of them is done.
-        self._aside = directory.with_name(f".{directory.name}.{os.getpid()}.writing")
+        self._aside = working_folder(directory)
         self._name, self._counts = name, shards
         self._shards: dict[str, list[ShardWriter]] = {}
         self._images = dict.fromkeys(shards, 0)
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> "Writer":
-        shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
-        for split, count in self._counts.items():
-            self._shards[split] = [ShardWriter(self._aside / shard_name(self._name, split, i, count)) for i in range(count)]
+        try:
+            for split, count in self._counts.items():
+                self._shards[split] = []
+                for i in range(count):
+                    self._shards[split].append(ShardWriter(self._aside / shard_name(self._name, split, i, count)))
+        except OSError as error:
+            self.__exit__(type(error))
+            if error.errno != errno.EMFILE:
+                raise
+            raise BadInput(
+                f"{sum(self._counts.values())} shards are more files than a process may open: raise --images_per_shard"
+            ) from None
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:

@@ -3,14 +3,18 @@
 A source has `labels` [n] int64 (dense, 0..people-1), `keys` [n], `people` (names by label) and `source[i]` -> (image bytes or uint8 pixels).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from data_pipelines import example, records
 from facenet_jax.errors import BadInput
+
+# Shards that are kept open: systems allow a process 1,024 files, and there are several sources.
+_OPEN = 128
 
 
 class Source(Protocol):
@@ -53,18 +57,21 @@ class TfRecords:
         self.keys = np.concatenate([shard.keys for shard in self._shards])
         names = self.metadata.get("identities", {})
         self.identities = np.asarray([names[value] if isinstance(names, list) else str(value) for value in values], np.str_)
-        self._files: dict[int, Any] = {}
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": OrderedDict()}
 
     def image(self, index: int) -> bytes:
         """JPEG or PNG bytes; BadInput where the record is damaged."""
         number = int(self._shard_of[index])
         shard = self._shards[number]
-        if number not in self._files:
-            self._files[number] = shard.path.open("rb")
-        return example.parse_image(shard.read(self._files[number], int(self._position[index])))
+        file = self._files.pop(number, None) or shard.path.open("rb")
+        self._files[number] = file
+        if len(self._files) > _OPEN:
+            # Not closed here: another thread may be reading it, and the last to hold it closes it.
+            self._files.popitem(last=False)
+        return example.parse_image(shard.read(file, int(self._position[index])))
 
 
 @dataclass

@@ -1,13 +1,12 @@
 """Drawn people as records: a training and a validation split of different people, made once."""
 
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_pipelines import images, records, synthetic
+from data_pipelines.processes import in_processes
 from facenet_jax.errors import BadInput
 
 IMAGES = 20
@@ -28,11 +27,8 @@ def ensure(directory: Path, people: int, size: int, processes: int = 2) -> None:
         return
     total = people + VALIDATION_PEOPLE
     places = [(person, image) for person in range(total) for image in range(IMAGES)]
-    with (
-        records.Writer(directory, "synthetic", {"train": 2, "validation": 1}) as writer,
-        ProcessPoolExecutor(processes, get_context("spawn")) as pool,
-    ):
-        drawn = pool.map(partial(_draw, size=size), places, chunksize=64)
+    with records.Writer(directory, "synthetic", {"train": 2, "validation": 1}) as writer:
+        drawn = in_processes(partial(_draw, size=size), places, processes, chunk=64)
         for (person, image), data in zip(
             places, tqdm(drawn, total=len(places), unit="image", desc="draw people", mininterval=2), strict=True
         ):

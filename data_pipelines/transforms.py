@@ -37,8 +37,14 @@ class Transforms:
             raise BadInput("transforms: size must be positive, crop and shift not negative")
         if not 0 <= self.rotation <= 10:
             raise BadInput(f"transforms.rotation={self.rotation}: faces turn by 0 to 10 degrees")
-        if not 0 <= self.jpeg_quality <= 100 or not 0 <= self.erase <= 1 or not 0 <= self.zoom < 1 or not 0 <= self.grey <= 1:
-            raise BadInput("transforms: jpeg_quality must be in 0..100, erase, grey and zoom in 0..1")
+        if not 0 <= self.jpeg_quality <= 100:
+            raise BadInput(f"transforms.jpeg_quality={self.jpeg_quality}: it must be in 0..100")
+        if not 0 <= self.zoom < 1:
+            raise BadInput(f"transforms.zoom={self.zoom}: it must be at least 0 and below 1")
+        # A contrast above 1 would turn some pictures into their negatives.
+        for name in ("brightness", "contrast", "grey", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"transforms.{name}={getattr(self, name)}: it must be in 0..1")
 
     def without_chance(self) -> "Transforms":
         """The same cut and size, nothing random: for evaluation."""

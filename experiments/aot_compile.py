@@ -18,10 +18,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import building, roofline
-from facenet_jax import command_line, parallel
+from facenet_jax import command_line, mining, parallel
 from facenet_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
+# None with micro-batches: nearly all of the work is then in loops.
+_LOOPED = ("flops_per_chip", "hbm_bytes_per_chip", "bytes_per_image", "collectives", "roofline", "predicted_images_per_s")
 
 
 def topology_devices(topology: str) -> list[Any]:
@@ -64,8 +66,24 @@ def lower(config: ConfigDict, devices: list[Any], rows: int, classes: int) -> An
     return parts.train_step(mesh).lower(parts.abstract_state(parallel.replicated(mesh)), batch)
 
 
+def not_counted(config: ConfigDict, rows_of_device: int) -> list[str]:
+    """What the compiler's figures leave out, a line each: it counts the body of a loop once, however often the loop turns."""
+    lines = []
+    if config.batch.microbatches > 1:
+        lines.append(
+            f"{config.batch.microbatches} micro-batches count as one: no FLOPs, traffic, collectives or prediction; the peak of memory holds"
+        )
+    if config.triplet.weight > 0:
+        block = min(config.triplet.block, rows_of_device)
+        blocks = -(-rows_of_device // block)
+        positives = config.batch.images_per_person if mining.rule(config.triplet.rule).pairs in ("all", "once") else 1
+        if blocks * positives > 1:
+            lines.append(f"mining: {blocks} x {positives} turns ({block} anchors each with one positive) count as one")
+    return lines
+
+
 def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes: int, hlo: Path | None = None) -> dict[str, Any]:
-    """One topology's figures (DESIGN.md's keys); BadInput where the step does not fit the chip's memory, and by how much."""
+    """One topology's figures (the keys: docs/tpu.md); BadInput where the step does not fit the chip's memory, and by how much."""
     devices = topology_devices(topology)
     chip = roofline.chip_of(topology)
     rows = rows_of(config, len(devices), rows_per_device)
@@ -93,7 +111,7 @@ def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes
         raise BadInput(f"{topology}: the step needs {peak / 2**30:.2f} GiB a device, {over / 2**30:.2f} GiB more than it has")
     operations = roofline.collectives(text)
     limits = roofline.roofline(chip, cost["flops"], cost["bytes accessed"], roofline.network_bytes(operations, len(devices)))
-    return {
+    found = {
         "topology": topology,
         "chips": len(devices) // chip.devices,
         "global_batch": rows,
@@ -105,17 +123,23 @@ def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes
         "predicted_images_per_s": rows / limits.step_s,
         "compile_s": seconds,
         "bytes_per_image": cost["bytes accessed"] * len(devices) / rows,
+        "not_counted": not_counted(config, rows // len(devices)),
     }
+    return found if config.batch.microbatches == 1 else found | dict.fromkeys(_LOOPED)
 
 
 def describe(found: dict[str, Any]) -> str:
     """A line of the table."""
+    start = f"{found['topology']:>12} {found['chips']:>5} {found['global_batch']:>7} "
+    peak, seconds = f"{found['peak_hbm_bytes'] / 2**30:>9.2f}", f"{found['compile_s']:>8.0f}"
     limits = found["roofline"]
+    if limits is None:
+        return f"{start}{'-':>9} {'-':>8} {'-':>9} {peak} {'-':>8} {'-':>8} {'-':>8} {'-':>8} {'-':>8} {'-':>10} {seconds}"
     network = sum(entry["bytes"] for entry in found["collectives"])
     return (
-        f"{found['topology']:>12} {found['chips']:>5} {found['global_batch']:>7} {found['flops_per_chip'] / 1e12:>9.3f} {found['hbm_bytes_per_chip'] / 1e9:>8.2f} "
-        f"{found['bytes_per_image'] / 1e6:>9.1f} {found['peak_hbm_bytes'] / 2**30:>9.2f} {network / 1e6:>8.1f} {1e3 * limits['compute_s']:>8.2f} "
-        f"{1e3 * limits['memory_s']:>8.2f} {1e3 * limits['network_s']:>8.2f} {limits['bound_by']:>8} {found['predicted_images_per_s']:>10.0f} {found['compile_s']:>8.0f}"
+        f"{start}{found['flops_per_chip'] / 1e12:>9.3f} {found['hbm_bytes_per_chip'] / 1e9:>8.2f} {found['bytes_per_image'] / 1e6:>9.1f} {peak} "
+        f"{network / 1e6:>8.1f} {1e3 * limits['compute_s']:>8.2f} {1e3 * limits['memory_s']:>8.2f} {1e3 * limits['network_s']:>8.2f} "
+        f"{limits['bound_by']:>8} {found['predicted_images_per_s']:>10.0f} {seconds}"
     )
 
 
@@ -144,6 +168,8 @@ def compile_all(config_path: str, topologies: list[str], arguments: list[str]) -
             raise BadInput((done.stderr.strip().splitlines() or ["the compiler ended without a word"])[-1].removeprefix("error: "))
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(describe(found[-1]), flush=True)
+    for line in dict.fromkeys(line for entry in found for line in entry["not_counted"]):
+        print(f"not counted: {line}")
     return found
 
 
@@ -170,13 +196,18 @@ def main(_: list[str]) -> None:
         hlo = Path(FLAGS.hlo) if FLAGS.hlo else None
         print(json.dumps(compile_for(FLAGS.config, FLAGS.topology[0], FLAGS.rows_per_device, FLAGS.classes, hlo)))
         return
-    overrides = [a for a in sys.argv[1:] if a.startswith(("--config.", "-config.", "--rows_per_device", "--classes", "--hlo"))]
-    config_path = next((a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("--config=")), "experiments/configs/facenet.py")
-    found = compile_all(config_path, FLAGS.topology, overrides)
+    # As this process understood them, not as they were typed: --config FILE, -config=FILE and a second one mean the same there.
+    settings = [f"--config.{key}={value}" for key, value in config_flags.get_override_values(FLAGS["config"]).items()]
+    settings += [f"--{name}={FLAGS[name].value}" for name in ("rows_per_device", "classes", "hlo")]
+    found = compile_all(config_flags.get_config_filename(FLAGS["config"]), FLAGS.topology, settings)
     if FLAGS.output:
         command_line.write_json(Path(FLAGS.output), found)
 
 
 if __name__ == "__main__":
-    _flags()
+    try:
+        _flags()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # The default config is read, --config.key=value included, when its flag is defined.
+        raise SystemExit(command_line.fail(str(error))) from None
     command_line.run(main)

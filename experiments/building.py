@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from facenet_jax import models
@@ -33,7 +32,7 @@ class Parts:
         size, seed = self.config.model.size, self.config.seed
         return step.initial_state(self.model, self.objective, self.optimizer, self.optimizer_settings, size, seed)
 
-    def train_step(self, mesh: Mesh) -> Any:
+    def train_step(self, mesh: jax.sharding.Mesh) -> Any:
         """The jitted step: (state, batch) -> (state, metrics)."""
         return step.make_train_step(
             self.model,

@@ -51,20 +51,44 @@ def _size(shapes: str) -> int:
     return total
 
 
+def _elements(shapes: str) -> list[str]:
+    """The outermost elements of a tuple in HLO text."""
+    parts, depth = [""], 0
+    for letter in shapes.removeprefix("(").removesuffix(")"):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _group_size(operation: str, everyone: int) -> int:
+    """Devices that share a collective, from its line of HLO: {{0,1},{2,3}}, or [groups,size]<=[...]; all where it names none."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", operation)
+    if listed:
+        return listed[1].count(",") + 1
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=", operation)
+    return int(counted[1]) if counted else everyone
+
+
 def collectives(hlo: str) -> list[dict[str, Any]]:
-    """[{"op", "bytes", "count"}] of a device: bytes are those of the results, for a scatter of the operands; an operation begun early counts once."""
+    """[{"op", "bytes", "count"}] of a device: bytes are those of the results, for a scatter of the operands; an operation begun early counts once.
+
+    As the shapes say, without a TPU's padding; an operation in a loop counts once, however often the loop turns.
+    """
     found: dict[str, list[int]] = {}
+    partitions = re.search(r"num_partitions=(\d+)", hlo)
     for line in hlo.splitlines():
         match = re.search(rf"= (.+?) ({'|'.join(_OPERATIONS)})(-start)?\((.*)", line)
         if not match:
             continue
         results, operation, begun, rest = match.groups()
-        size = _size(results)
-        if begun and operation != "all-reduce":
-            # The result of an operation begun early also names its operands.
-            size -= _size(rest.split(")")[0])
+        # Begun early, all but a sum give (operands, results, ...).
+        size = _size(_elements(results)[1] if begun and operation != "all-reduce" else results)
         if operation == "reduce-scatter":
-            size = max(size, _size(rest.split(")")[0]))
+            # Operands are printed without shapes.
+            size *= _group_size(rest, int(partitions[1]) if partitions else 1)
         entry = found.setdefault(operation, [0, 0])
         entry[0] += size
         entry[1] += 1
@@ -72,10 +96,10 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
 
 
 def network_bytes(operations: list[dict[str, Any]], devices: int) -> float:
-    """Bytes that leave a device when rings do the work: an all-reduce passes everything twice."""
+    """Bytes that leave a device when rings do the work: an all-reduce passes everything twice, a permutation passes all it has."""
     share = (devices - 1) / devices
-    twice = {"all-reduce": 2.0}
-    return sum(twice.get(entry["op"], 1.0) * entry["bytes"] * share for entry in operations)
+    shares = {"all-reduce": 2 * share, "collective-permute": float(devices > 1)}
+    return sum(shares.get(entry["op"], share) * entry["bytes"] for entry in operations)
 
 
 @dataclass(frozen=True)

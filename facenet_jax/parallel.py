@@ -59,7 +59,7 @@ def joined(
     if coordinator and (":" not in coordinator or not 0 <= process_index < process_count):
         raise BadInput(f"process {process_index} of {process_count} at {coordinator!r}: give address:port and an index below the count")
     last_word = _last_word(_ALONE.format(timeout_s, coordinator or "the coordinator"))
-    leader, code = process_index == 0, 0
+    leader, code, gone = process_index == 0, 0, False
     try:
         with one_line_errors():
             _join(coordinator, process_count, process_index, timeout_s, heartbeat_s)
@@ -76,13 +76,15 @@ def joined(
     except Exception as error:
         code = 2
         if any(word in str(error) for word in ("Gloo", "NCCL", "coordination service", "UNAVAILABLE")):
-            print(f"{str(error).splitlines()[0]}\nerror: {_GONE}", file=sys.stderr)
+            print(str(error).splitlines()[0], file=sys.stderr)
+            gone = True
         else:
             traceback.print_exc()
             code = 1
     if code == 0:
         jax.distributed.shutdown()
-    last_word.communicate(b"farewell\n")
+    if not gone:
+        last_word.communicate(b"farewell\n")
     if code:
         sys.stdout.flush()
         sys.stderr.flush()

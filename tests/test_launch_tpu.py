@@ -421,6 +421,30 @@ def test_dry_run_compiles(cloud, accelerator, topology):
     assert result.stdout.splitlines()[-2:] == [f"python -m experiments.aot_compile {arguments}", f"compiled {arguments}"]
 
 
+def test_dry_run_compiles_what_the_launch_trains(cloud):
+    """train.py's default where no config is given; its config flags in every spelling, and none of the others."""
+    default = "--config=experiments/configs/synthetic.py"
+    typed = ("--config.steps", "9", "--force", "-config.seed=1", "--init", "a", "--config.x", "-1e-3", "--noconfig.y")
+    result = cloud.launch(*MACHINE, "--run_id=r1", "--dry_run", "--", *typed)
+    assert result.returncode == 0, result.stderr
+    compiled, passed_on = (
+        "compiled --topology=v5e:4x4 --output=runs/r1/aot.json",
+        "--config.steps 9 -config.seed=1 --config.x -1e-3 --noconfig.y",
+    )
+    assert result.stdout.splitlines()[-1] == f"{compiled} {default} {passed_on}"
+    for config in (("--config=c.py",), ("-config", "c.py")):
+        result = cloud.launch(*MACHINE, "--run_id=r1", "--dry_run", "--", *config, *typed)
+        assert result.stdout.splitlines()[-1] == f"{compiled} {' '.join(config)} {passed_on}", result.stderr
+    result = cloud.launch(*MACHINE, "--accelerator=v4-24", "--dry_run", "--command=python -m mine")
+    assert result.returncode == 0, result.stderr
+    assert "compiled" not in result.stdout and "aot_compile" not in result.stdout and "nothing is compiled" in result.stderr
+
+
+def test_default_config_is_that_of_training():
+    assert '"configs" / "synthetic.py"' in (ROOT / "experiments/train.py").read_text()
+    assert "experiments/configs/synthetic.py" in SCRIPT.read_text()
+
+
 def test_dry_run_prints_what_a_launch_calls(cloud):
     """In words that a shell reads back, in the same order."""
     flags = ("--queued", "--bucket=b1", "--setup=echo 'a'", "--run_id=r1", "--delete")

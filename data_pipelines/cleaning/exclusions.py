@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ def write_exclusions(path: Path, exclusions: Exclusions) -> None:
     for name in entries:
         if len(name.splitlines()) != 1 or "\t" in name:
             raise BadInput(f"{name!r}: a name with a tab or a line break has no place in {path.name}: rename it and prepare again")
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text("".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in entries.items()), encoding="utf-8")
-    aside.rename(path)
+    with written(path) as aside:
+        aside.write_text("".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in entries.items()), encoding="utf-8")
 
 
 def read_exclusions(*paths: Path) -> Exclusions:

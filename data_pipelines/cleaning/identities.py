@@ -61,7 +61,7 @@ def identities(faces: Faces, threshold: float, closest: float, cut: float, piece
     `closest`, for centres alone come near where a network hardly tells people apart.
 
     A person disagrees whose images, joined by average linkage up to `cut`, leave two pieces or more of `piece_images` each. The images outside the
-    largest piece go; where no piece has most of the images, the person. Of two people who are one the one with fewer images goes.
+    largest piece go; where no piece has most of the images, the person. Of two people who are one and stay the one with fewer images goes.
     """
     disagreeing, images, people = _disagreeing(faces, cut, piece_images)
     counts = np.asarray([len(rows) for rows in faces.rows])
@@ -72,7 +72,9 @@ def identities(faces: Faces, threshold: float, closest: float, cut: float, piece
         first, second, nearness = closest_images(faces, a, faces, b)
         if nearness >= closest:
             continue
-        pairs.append((a, b, apart))
+        # Whoever goes already takes nobody along.
+        if not people.keys() & {faces.person(a), faces.person(b)}:
+            pairs.append((a, b, apart))
         facts = {
             "identities": [faces.person(a), faces.person(b)],
             "images": [int(counts[a]), int(counts[b])],

@@ -10,6 +10,7 @@ from data_pipelines import loader
 from data_pipelines.cleaning.exclusions import write_exclusions
 from data_pipelines.cleaning.faces import Finding, Findings, Section
 from facenet_jax import command_line
+from facenet_jax.files import written
 from facenet_jax.report import elements
 
 if TYPE_CHECKING:
@@ -20,13 +21,11 @@ _STYLE = ".pair .lines { display: grid; gap: .3rem; } .pair .lines img { width: 
 
 def write(directory: Path, title: str, findings: Findings, details: dict[str, Any], pictures: int) -> None:
     """Writes the three files, each whole. details: names and values of how it was made; pictures: findings of each kind that the page shows."""
-    directory.mkdir(parents=True, exist_ok=True)
     write_exclusions(directory / "exclude.txt", findings.exclusions)
     command_line.write_json(directory / "report.json", to_json(findings, details))
     html = _page(title, findings, details, pictures)
-    aside = directory / ".report.html.writing"
-    aside.write_text(html, encoding="utf-8", errors="replace")
-    aside.rename(directory / "report.html")
+    with written(directory / "report.html") as aside:
+        aside.write_text(html, encoding="utf-8", errors="replace")
 
 
 def to_json(findings: Findings, details: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def celeba(path: Path) -> list[Photograph]:
     elif existing := [p for p in beside if p.is_file()]:
         source, text = str(existing[0]), existing[0].read_bytes()
     else:
-        raise BadInput(f"{path}: {IDENTITIES} is neither in it nor beside it")
+        raise BadInput(f"{path}: {IDENTITIES} is neither in it nor beside it; a folder for each person is --layout=folders")
     zips = [place for place in files if place.name == f"{IMAGES}.zip"]
     if path.is_dir() and zips and not any(IMAGES in place.parts for place in files):
         files = {place: read for place, read in listed(path / zips[0]) if read and visible(place)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.importers import Photograph, some
-from data_pipelines.importers.celeba import IDENTITIES, IMAGES, celeba
+from data_pipelines.importers.celeba import IMAGES, celeba
 from data_pipelines.importers.csv_file import csv_file
 from data_pipelines.importers.folders import TAR_ENDINGS, folders
 from data_pipelines.importers.insightface_rec import insightface_rec
@@ -40,7 +40,9 @@ def recognised(path: Path) -> str:
     if path.is_dir():
         if (path / "train.rec").exists():
             return "insightface_rec"
-        return "celeba" if (path / IMAGES).exists() and (path / IDENTITIES).exists() else "folders"
+        # In Img/ as it is given out.
+        inside = (folder / given for folder in (path, path / "Img") for given in (IMAGES, f"{IMAGES}.zip"))
+        return "celeba" if name == IMAGES or any(map(Path.exists, inside)) else "folders"
     if name == f"{IMAGES}.zip":
         return "celeba"
     if name.endswith((".zip", *TAR_ENDINGS)):

@@ -4,6 +4,7 @@ The same decoded photographs, thresholds and smallest face; ours as `detection.c
 --batch (which it needs of one size). Boxes are compared first: unequal work is not timed. `pip install -r requirements-benchmarks.txt mtcnn lz4`.
 """
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +26,9 @@ _THRESHOLDS = {"threshold_pnet": 0.6, "threshold_rnet": 0.7, "threshold_onet": 0
 def package() -> Callable[[list[np.ndarray], int], list[list[dict]]]:
     """The peer: (photographs, batch) -> its findings for each."""
     timing.require("tensorflow", "mtcnn")
-    import tensorflow
     from mtcnn import MTCNN
 
+    tensorflow = importlib.import_module("tensorflow")
     tensorflow.config.threading.set_intra_op_parallelism_threads(timing.cores())
     tensorflow.config.threading.set_inter_op_parallelism_threads(1)
     peer = MTCNN(device="CPU:0")

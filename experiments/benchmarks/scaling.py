@@ -17,7 +17,9 @@ FLAGS = flags.FLAGS
 
 
 def efficiencies(found: list[dict[str, Any]]) -> list[float]:
-    """Predicted images/s a chip, as a share of the first topology's."""
+    """Predicted images/s a chip, as a share of the first topology's; BadInput where there is no prediction."""
+    if found[0]["predicted_images_per_s"] is None:
+        raise BadInput(f"no efficiency without a prediction: {found[0]['not_counted'][0]}")
     first = found[0]["predicted_images_per_s"] / found[0]["chips"]
     return [entry["predicted_images_per_s"] / entry["chips"] / first for entry in found]
 
@@ -51,10 +53,10 @@ def main(_: list[str]) -> None:
         raise BadInput("--topologies is needed, e.g. v5e:1x1,v5e:2x2,v5e:4x4")
     found = aot_compile.compile_all(FLAGS.config, FLAGS.topologies, [f"--rows_per_device={FLAGS.rows_per_device}", *FLAGS.setting])
     found.sort(key=lambda entry: entry["chips"])
-    for entry, efficiency in zip(found, efficiencies(found), strict=True):
-        print(f"{entry['topology']}: {entry['chips']} chips, {entry['predicted_images_per_s']:.0f} images/s, efficiency {efficiency:.3f}")
     if FLAGS.output:
         command_line.write_json(Path(FLAGS.output), found)
+    for entry, efficiency in zip(found, efficiencies(found), strict=True):
+        print(f"{entry['topology']}: {entry['chips']} chips, {entry['predicted_images_per_s']:.0f} images/s, efficiency {efficiency:.3f}")
     if FLAGS.plot:
         plot(found, Path(FLAGS.plot))
 

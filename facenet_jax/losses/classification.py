@@ -25,6 +25,12 @@ class Softmax:
     def __post_init__(self) -> None:
         if self.classes < 2:
             raise BadInput(f"softmax needs at least 2 classes, not {self.classes}")
+        for name in ("scale", "margin"):
+            # Also refuses NaN.
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"softmax.{name}={getattr(self, name)}: it must not be negative")
+        if not 0 <= self.smoothing < 1:
+            raise BadInput(f"softmax.smoothing={self.smoothing}: it must be at least 0 and below 1")
         if self.margin and not self.scale:
             raise BadInput("a softmax margin needs a scale (try 30): margins are of cosines")
 

@@ -1,6 +1,7 @@
 """The training loop: batches in, metrics out, saved on the way. Knows nothing of data sets or command lines."""
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -18,13 +19,15 @@ from jax.sharding import Mesh
 
 from facenet_jax import parallel
 from facenet_jax.errors import BadInput
+from facenet_jax.files import written
 from facenet_jax.training.checkpoints import Checkpoints
 from facenet_jax.training.step import State
 
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: where the run ends; the others: every so many steps, 0 for never. margin: the triplet margin, for the collapse alarm; 0 without."""
+    """steps: where the run ends; the others: every so many steps, 0 for never (but log_every is at least 1). margin: the triplet margin, for the
+    collapse alarm; 0 without."""
 
     steps: int
     log_every: int = 50
@@ -33,8 +36,9 @@ class Plan:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.log_every < 1:
-            raise BadInput("steps and log_every must be at least 1")
+        for name, least in (("steps", 1), ("log_every", 1), ("checkpoint_every", 0), ("evaluate_every", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name}={getattr(self, name)}: it must be at least {least}")
 
 
 class Stop:
@@ -74,11 +78,10 @@ class Log:
         if path.exists():
             # Lines after the restored step come again; those of a half-written line never were.
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            aside = path.with_suffix(".aside")
-            aside.write_text("".join(line + "\n" for line in kept))
-            aside.rename(path)
+            with written(path) as aside:
+                aside.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One object a line: {"kind": "train" or "evaluation", "step": ..., values}."""
@@ -107,10 +110,11 @@ class Log:
             print(f"\r\033[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flushes."""
+        """Flushes. Where the disk is full `write` has said so, or TensorBoard alone loses its last lines."""
         if self._first:
-            self._file.close()
-            self._board.close()
+            for file in (self._file, self._board):
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def _step_of(line: str) -> int:
@@ -173,7 +177,8 @@ def fit(
                     "optimizer.learning_rate, set optimizer.clip, or look at those records; the last checkpoint is from before it"
                 )
 
-    with Stop() as stop:
+    # Closed after a failure too, for hosts that end without Python's own end.
+    with contextlib.closing(log), Stop() as stop:
         for step in range(first, plan.steps):
             before = time.perf_counter()
             try:
@@ -182,6 +187,7 @@ def fit(
                 if not stop.requested or jax.process_count() > 1:
                     raise
                 # A signal to the whole process group ended the loader's workers as well, before they could ignore it.
+                check_finite(0)
                 checkpoints.save(step, state, {"batches": step, **(data or {})}, wait=True)
                 log.show(step, SAVED, keep=True)
                 break
@@ -223,6 +229,7 @@ def fit(
                 check_finite(0)
                 checkpoints.save(done, state, {"batches": done, **(data or {})}, wait=ending)
             if evaluate and (finished or (plan.evaluate_every and done % plan.evaluate_every == 0)):
+                check_finite(0)
                 values = evaluate(state)
                 log.write("evaluation", done, values)
                 log.show(done, " ".join(f"{name}={value:.4g}" for name, value in values.items() if isinstance(value, float)), keep=True)
@@ -230,5 +237,4 @@ def fit(
             if asked:
                 log.show(done, SAVED, keep=True)
                 break
-    log.close()
     return state, finished

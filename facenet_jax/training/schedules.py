@@ -1,6 +1,7 @@
 """Learning rate by step: named shapes, or the original code's text files (epoch: rate)."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,10 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class TextSchedule:
-    """Rates that hold from an epoch on. `stop` is the epoch with rate -1, where the original code ends the run; None without one."""
+    """Rates that hold from an epoch on; -1 where the original code ends the run."""
 
     epochs: tuple[int, ...]
     rates: tuple[float, ...]
-    stop: int | None
 
 
 def read_text(path: Path) -> TextSchedule:
@@ -45,16 +45,23 @@ def read_text(path: Path) -> TextSchedule:
             raise BadInput(f"{path}: line {number} is not 'epoch: rate'") from None
     if not epochs or epochs[0] != 0 or any(b <= a for a, b in itertools.pairwise(epochs)):
         raise BadInput(f"{path}: epochs must start at 0 and grow")
-    stop = next((epoch for epoch, rate in zip(epochs, rates, strict=True) if rate < 0), None)
-    return TextSchedule(tuple(epochs), tuple(rates), stop)
+    return TextSchedule(tuple(epochs), tuple(rates))
 
 
 def create(name: str, rate: float, steps: int, *, warmup: int = 0, epoch_steps: int = 1000) -> Schedule:
     """The rate at each step.
 
     name: a shape of `SHAPES` from `rate` at the start to its end at `steps`, or the path of a text file, whose rates stand as
-    they are and whose epochs are `epoch_steps` long (after its stop the rate is 0: set `steps` to end there). `warmup` steps climb linearly to the rate.
+    they are and whose epochs are `epoch_steps` long (from its rate -1 on the rate is 0: set `steps` to end there). `warmup` steps climb linearly to
+    the rate. BadInput where a number is impossible; a rate of 0 trains nothing, and is allowed.
     """
+    # Also refuses NaN.
+    if not 0 <= rate < math.inf:
+        raise BadInput(f"optimizer.learning_rate={rate}: it must not be negative, nor infinite")
+    if warmup < 0:
+        raise BadInput(f"optimizer.warmup={warmup}: it must not be negative")
+    if epoch_steps < 1:
+        raise BadInput(f"optimizer.epoch_steps={epoch_steps}: it must be at least 1")
     if name in SHAPES:
         shape = SHAPES[name]
         base: Schedule = lambda step: rate * shape(jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_pipelines import align, detected, images, prepare, processes, records
 from data_pipelines.detected import Detection, Found, find_faces
+from data_pipelines.importers import Photograph
 from data_pipelines.importers.layouts import photographs
 from facenet_jax.alignment import Alignment
 from facenet_jax.apps import pretrained
@@ -272,6 +273,37 @@ def _die(_):
 def test_a_worker_that_is_killed_is_named():
     with pytest.raises(BadInput, match="worker process was killed"):
         list(processes.in_processes(_die, [1], 2))
+
+
+def test_how_far_ahead_processes_work(monkeypatch):
+    begun = []
+
+    class Pool:
+        """One that begins, as it is told, at once."""
+
+        def __init__(self, *_): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def map(self, work, part, chunksize):
+            begun.extend(part)
+            return map(work, part)
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", Pool)
+    taken = 0
+    for taken, (result, thing) in enumerate(zip(processes.in_processes(str, list(range(100)), 2, chunk=3, ahead=4), range(100)), 1):
+        assert result == str(thing) and taken <= len(begun) <= taken - 1 + 24
+    assert taken == 100
+    # Decoded photographs: two a process, beside the window that is looked at.
+    begun.clear()
+    monkeypatch.setattr(detected, "_WINDOW", 5)
+    photographs = [Photograph(str(i), "ada", picture) for i in range(23)]
+    for number, window in enumerate(detected.look(photographs, "", Red, processes=2), 1):
+        assert [photograph.key for photograph, _ in window] == [p.key for p in photographs[5 * number - 5 : 5 * number]]
+        assert len(begun) <= 5 * number + 4
 
 
 def test_workers_end_with_a_process_that_is_killed(tmp_path):

@@ -326,6 +326,17 @@ def test_mixed_and_divided_people():
     assert set(apart.exclusions.people) == {"p1"} and not apart.sections[1].findings
 
 
+def test_of_two_folders_of_one_person_one_stays():
+    faces = make([8, 2, 5])
+    x = faces.embeddings
+    x[4:8] = make([4], seed=9).embeddings  # p0 is two people, with half of its images each
+    nearly = lambda row: normalised(row + 0.1 * normalised(np.random.default_rng(2).normal(size=SIZE)))
+    x[8], x[9] = nearly(x[0]), nearly(x[4])  # and so is p1, of whom there are too few images to tell
+    found = identities(faces, **clean.options("identities", {}))
+    assert [f.facts["identities"] for f in found.sections[1].findings] == [["p0", "p1"]]
+    assert set(found.exclusions.people) == {"p0"}
+
+
 def test_one_person_alone():
     found = identities(make([3]), 0.4, 0.5, 1.5)
     assert found.exclusions == Exclusions() and not any(section.findings for section in found.sections)
@@ -445,7 +456,10 @@ def test_faces_from_files(tmp_path):
         ({"keys": np.asarray(["p0/0", "p0/2", "p1/4", "p0/1", "p1/33"])}, "embedding 4 is of p1/33, but record 4 is p1/3"),
         ({"keys": None}, "not an embeddings file"),
         ({"keys": np.asarray(["p0/0"])}, "do not belong together"),
-        ({"embeddings": np.ones((4, 3)), "keys": np.asarray(list("abcd"))}, "4 embeddings, but 5 records"),
+        (
+            {name: np.ones((4, 3)) if name == "embeddings" else np.asarray(list("abcd")) for name in ("embeddings", "keys", "identities")},
+            "4 embeddings, but 5 records",
+        ),
         ({"embeddings": np.diag([1, 1, 0, 1, 1])}, "1 embeddings have no direction (zero or not finite), the first is p1/4"),
         ({"embeddings": np.full((5, 2), np.nan)}, "5 embeddings have no direction"),
         ({"embeddings": np.ones(5)}, "do not belong together"),

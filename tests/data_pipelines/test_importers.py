@@ -246,14 +246,21 @@ def celebas(root):
         "auto",
     )
     write(root / "beside", {**CELEBA, "identity_CelebA.txt": IDENTITIES})
-    yield root / "beside" / "img_align_celeba", "celeba"
+    yield root / "beside" / "img_align_celeba", "auto"
     zipped(write(root / "zip", {"identity_CelebA.txt": IDENTITIES}) / "img_align_celeba.zip", CELEBA)
     yield root / "zip" / "img_align_celeba.zip", "auto"
     yield zipped(root / "inside.zip", {**CELEBA, "identity_CelebA.txt": IDENTITIES, "__MACOSX/._000001.jpg": b"x"}), "celeba"
     given_out = write(root / "CelebA", {"Anno/identity_CelebA.txt": IDENTITIES, "Img/.hidden": b""})
     zipped(given_out / "Img" / "img_align_celeba.zip", CELEBA)
-    yield given_out, "celeba"
+    yield given_out, "auto"
     yield given_out / "Img" / "img_align_celeba.zip", "celeba"
+    unpacked = write(root / "unpacked", {**CELEBA, "Anno/identity_CelebA.txt": IDENTITIES})
+    yield unpacked, "auto"
+    yield unpacked / "img_align_celeba", "auto"
+    inside = write(root / "Img", {**{f"Img/{name}": data for name, data in CELEBA.items()}, "Anno/identity_CelebA.txt": IDENTITIES})
+    yield inside, "auto"
+    zipped(write(root / "zip_inside", {"Anno/identity_CelebA.txt": IDENTITIES}) / "img_align_celeba.zip", CELEBA)
+    yield root / "zip_inside", "auto"
     png = {name.replace(".jpg", ".png"): data for name, data in CELEBA.items()}
     yield write(root / "png", {**png, "identity_CelebA.txt": IDENTITIES, "img_celeba/000001.jpg": b"wild"}), "auto"
 

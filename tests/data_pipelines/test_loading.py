@@ -142,3 +142,15 @@ def test_impossible_transforms():
     for arguments in ({"size": 0}, {"size": 8, "rotation": 30}, {"size": 8, "jpeg_quality": 101}, {"size": 8, "erase": 2}):
         with pytest.raises(BadInput, match="transforms"):
             Transforms(**arguments)
+    for name, wrong in (
+        ("brightness", (-0.1, 1.5)),
+        ("contrast", (-0.1, 1.5, float("nan"))),
+        ("grey", (-1, 2)),
+        ("erase", (-1, 2)),
+        ("zoom", (-0.1, 1)),
+        ("jpeg_quality", (-1, 101)),
+    ):
+        for value in wrong:
+            with pytest.raises(BadInput, match=rf"transforms\.{name}={value}"):
+                Transforms(8, **{name: value})
+    Transforms(8, brightness=1.0, contrast=1.0, grey=1.0, erase=1.0, zoom=0.99, jpeg_quality=100)

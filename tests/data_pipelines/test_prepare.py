@@ -10,6 +10,8 @@ import zipfile
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
 from data_pipelines import images, prepare, records
@@ -176,6 +178,59 @@ def test_layouts_that_cannot_be_read(tmp_path):
         prepare.photographs(root)
 
 
+def test_lines_of_a_list_that_name_nothing(tmp_path, capsys):
+    found = prepare.photographs(people(tmp_path / "faces"))
+    (tmp_path / "exclude.txt").write_text("ada/ada_1\nada/ada_9\tgone\nzoe/\ncy/\n")
+    kept = prepare.taken(found, [str(tmp_path / "exclude.txt")])
+    assert [p.key for p in kept] == ["ada/ada_0", "ada/ada_2", "bob/bob_0", "bob/bob_1"]
+    left, warning = capsys.readouterr().out.splitlines()
+    assert "left out 2 images" in left and warning == "warning: 2 lines of --exclude name nothing of the input: ada/ada_9, zoe/"
+    prepare.taken(found, [str(tmp_path / "exclude.txt")], quiet=True)
+    (tmp_path / "exclude.txt").write_text("cy/\n")
+    prepare.taken(found, [str(tmp_path / "exclude.txt")])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.fixture
+def command():
+    """Reads flags as the command line does, and forgets them after."""
+    there = set(flags.FLAGS)
+    prepare.define_flags()
+    with flagsaver.flagsaver():
+        yield lambda *arguments: flags.FLAGS(["prepare", *arguments])
+    for name in set(flags.FLAGS) - there:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--split=validation --validation_people=1", "--split=validation"),
+        ("--align --alignment=mine", "leave it out with --align"),
+        ("--crops_key=box", "--crops_key: of no effect without --crops"),
+        ("--margin=32 --no_face=skip", "--margin, --no_face: of no effect"),
+        ("--detector=haar", "--detector: of no effect without --align"),
+        ("--thresholds=1,1,1", "--thresholds: of no"),
+        ("--pyramid_factor=0.5 --minimum_face=9", "--minimum_face, --pyramid_factor: of no"),
+        ("--template=insightface --margin_of=crop", "--margin_of, --template: of no"),
+        ("--choose=all", "--choose: of no"),
+    ],
+)
+def test_flags_without_effect(tmp_path, command, given, words):
+    places = [f"--input={people(tmp_path / 'faces')}", f"--output={tmp_path / 'out'}"]
+    command(*places, *given.split())
+    with pytest.raises(BadInput, match=words):
+        prepare.job_of_flags()
+
+
+def test_flags_with_effect(tmp_path, command):
+    np.savez(tmp_path / "crops.npz", names=["ada_0"], box=np.asarray([[2, 3, 12, 15]]))
+    places = [f"--input={people(tmp_path / 'faces')}", f"--output={tmp_path / 'out'}", "--alignment=mine", "--validation_people=1"]
+    command(*places, "--form=png", f"--crops={tmp_path / 'crops.npz'}", "--crops_key=box")
+    job = prepare.job_of_flags()
+    assert job.alignment == {"method": "mine"} and job.crops["ada/ada_0"] == (2, 3, 12, 15) and len(job.found) == 6
+
+
 def test_command_line(tmp_path):
     people(tmp_path / "faces")
     command = [sys.executable, "-m", "data_pipelines.prepare"]
@@ -187,6 +242,7 @@ def test_command_line(tmp_path):
         ([f"--input={tmp_path / 'none'}", "--output=x"], "no such file"),
         (["--size=4"], "--input and --output"),
         (["--sise=4"], "sise"),
+        ([f"--reindex={tmp_path / 'faces'}"], "no shard of records"),
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

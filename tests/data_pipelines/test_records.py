@@ -1,6 +1,7 @@
 """TFRecords: what is written is read, and every kind of damage is named."""
 
 import json
+import pickle
 import struct
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import example, records
+from data_pipelines import example, records, sources
 from data_pipelines.sources import TfRecords, open_source
 from facenet_jax.errors import BadInput
 from facenet_jax.wire import masked_crc32c
@@ -102,6 +103,59 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
     with pytest.raises(BadInput, match="already there"):
         write(tmp_path / "toy")
     assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == before
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource", reason="no limits of files here")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (tmp_path / "probe").open("w") as probe:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fileno() + 20, hard))
+    try:
+        with pytest.raises(BadInput, match=r"300 shards .* --images_per_shard"):
+            write(tmp_path / "out" / "toy", shards=300)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_writer_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(records, "ShardWriter", refuse)
+    with pytest.raises(PermissionError):
+        write(tmp_path / "toy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_directory_do_not_meet(tmp_path):
+    with pytest.raises(OSError), records.Writer(tmp_path / "toy", "toy", {"train": 1}) as late:
+        late.add("train", b"late", 0, "a", "a/1")
+        metadata = write(tmp_path / "toy")
+        late.finish({"identities": ["a"]})
+    assert [p.name for p in tmp_path.iterdir()] == ["toy"] and records.read_metadata(tmp_path / "toy") == metadata
+    assert len(TfRecords(tmp_path / "toy", "train").labels) == 10
+
+
+def test_what_a_killed_run_left_is_no_shard(tmp_path):
+    write(tmp_path / "toy")
+    index = records.index_path(records.shard_paths(tmp_path / "toy", "train")[0])
+    index.with_name(f".{index.name}.0123.writing").write_bytes(b"half")
+    assert len(TfRecords(tmp_path / "toy", "train").labels) == 10
+    assert len(records.shards_in(tmp_path / "toy")) == 3
+
+
+def test_few_shards_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_OPEN", 2)
+    write(tmp_path / "toy", count=30, shards=7)
+    source = TfRecords(tmp_path / "toy", "train")
+    numbers = {str(key): int(key.split("/")[1]) for key in source.keys}
+    for place in np.random.default_rng(0).integers(0, 30, 200):
+        number = numbers[str(source.keys[place])]
+        assert source.image(place) == bytes([number]) * (number + 1)
+        assert len(source._files) <= 2
+    sent = pickle.loads(pickle.dumps(source))
+    assert not sent._files and sent.image(3) == source.image(3)
 
 
 def test_array_records_are_a_source_too(tmp_path):

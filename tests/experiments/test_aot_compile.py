@@ -10,28 +10,85 @@ import pytest
 
 from experiments import aot_compile, roofline
 from experiments.benchmarks import scaling
-from experiments.configs import synthetic
+from experiments.configs import facenet, synthetic
 from facenet_jax.errors import BadInput
 
+# As JAX 0.10 prints it: operands without shapes; layouts, tiles and memory spaces of a TPU.
 HLO = """
-  %gather = f32[1800,128]{1,0} all-gather(f32[450,128]{1,0} %x), replica_groups={{0,1,2,3}}
-  %sum.1 = (f32[64]{0}, bf16[2,3]{1,0}) all-reduce(f32[64]{0} %a, bf16[2,3]{1,0} %b), to_apply=%add
-  %start = (f32[450,128]{1,0}, f32[1800,128]{1,0}) all-gather-start(f32[450,128]{1,0} %y), dimensions={0}
-  %done = f32[1800,128]{1,0} all-gather-done((f32[450,128]{1,0}, f32[1800,128]{1,0}) %start)
-  %scatter = f32[450,128]{1,0} reduce-scatter(f32[1800,128]{1,0} %z), dimensions={0}
-  %not = f32[4]{0} add(f32[4]{0} %p, f32[4]{0} %q)
+HloModule jit_step, is_scheduled=true, num_partitions=4
+  %gather = f32[1800,128]{1,0:T(8,128)S(1)} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %sum.1 = (f32[64]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add
+  %sum.2 = f32[64]{0} all-reduce-start(%a), to_apply=%add
+  %sum.3 = f32[64]{0} all-reduce-done(%sum.2)
+  %start = (f32[450,128]{1,0:T(8,128)}, f32[1800,128]{1,0:T(8,128)}) all-gather-start(%y), dimensions={0}
+  %done = f32[1800,128]{1,0} all-gather-done(%start)
+  %several = ((f32[2]{0}, f32[4]{0}), (f32[8]{0}, f32[16]{0})) all-gather-start(%y, %z), dimensions={0}
+  %scatter = f32[450,128]{1,0} reduce-scatter(%z), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %in_pairs = f32[10]{0} reduce-scatter(%z), replica_groups=[2,2]<=[4], dimensions={0}, to_apply=%add
+  %of_all = f32[10]{0} reduce-scatter(%z), replica_groups={}, dimensions={0}, to_apply=%add
+  %pass = (f32[8,4]{0,1:T(4,128)S(1)}, f32[8,4]{0,1:T(4,128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p), source_target_pairs={{0,1}}
+  %passed = f32[8,4]{0,1:T(4,128)S(1)} collective-permute-done(%pass)
+  %not = f32[4]{0} add(%gather, %q), metadata={op_name="jit(step)/all_gather"}
 """
+
+# One collective each, [64, 4] float32 in all: what a device holds of the results, of the operands for the scatter. A TPU may scatter by a sum.
+ONE_EACH = """
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+def texts(devices):
+    mesh, cut, whole = Mesh(devices, "d"), PartitionSpec("d"), PartitionSpec()
+    ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    operations = {
+        "all-gather": (lambda x: lax.all_gather(x, "d", tiled=True), cut, whole),
+        "all-reduce": (lambda x: lax.psum(x, "d"), cut, whole),
+        "reduce-scatter": (lambda x: lax.psum_scatter(x, "d", tiled=True), whole, cut),
+        "all-to-all": (lambda x: lax.all_to_all(x, "d", 0, 0, tiled=True), cut, cut),
+        "collective-permute": (lambda x: lax.ppermute(x, "d", ring), cut, cut),
+    }
+    def compiled(operation, into, out):
+        step = jax.jit(jax.shard_map(lambda x: operation(2 * x), mesh=mesh, in_specs=into, out_specs=out, check_vma=False))
+        return step.lower(jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=NamedSharding(mesh, into))).compile().as_text()
+    return {name: compiled(*what) for name, what in operations.items()}
+"""
+BYTES = {"all-gather": 1024, "all-reduce": 256, "reduce-scatter": 1024, "all-to-all": 256, "collective-permute": 256}
 
 
 def test_collectives_are_counted_once_with_their_bytes():
     found = {entry["op"]: (entry["bytes"], entry["count"]) for entry in roofline.collectives(HLO)}
     assert found == {
-        "all-gather": (2 * 1800 * 128 * 4, 2),
-        "all-reduce": (64 * 4 + 6 * 2, 1),
-        "reduce-scatter": (1800 * 128 * 4, 1),
+        "all-gather": (2 * 1800 * 128 * 4 + 24 * 4, 3),
+        "all-reduce": (2 * 64 * 4 + 6 * 2, 2),
+        "reduce-scatter": (1800 * 128 * 4 + 20 * 4 + 40 * 4, 3),
+        "collective-permute": (32 * 4, 1),
     }
     assert roofline.network_bytes([{"op": "all-reduce", "bytes": 100, "count": 1}], 4) == 2 * 100 * 0.75
     assert roofline.network_bytes([{"op": "all-gather", "bytes": 100, "count": 1}], 1) == 0
+    assert roofline.network_bytes([{"op": "collective-permute", "bytes": 100, "count": 1}], 4) == 100
+    assert roofline.network_bytes([{"op": "collective-permute", "bytes": 100, "count": 1}], 1) == 0
+
+
+def test_collectives_of_compiled_programs():
+    scope = {}
+    exec(ONE_EACH, scope)
+    for name, text in scope["texts"](jax.devices()[:4]).items():
+        assert roofline.collectives(text) == [{"op": name, "bytes": BYTES[name], "count": 1}], text
+
+
+@pytest.mark.slow
+def test_collectives_of_programs_for_a_tpu():
+    if not _has_libtpu():
+        pytest.skip("needs requirements-aot.txt")
+    code = "import json; from experiments import aot_compile; print(json.dumps(texts(aot_compile.topology_devices('v5e:2x2'))))"
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_EACH + "jax.config.update('jax_platforms', 'cpu')\n" + code], capture_output=True, text=True, check=True
+    )
+    for name, text in json.loads(done.stdout.splitlines()[-1]).items():
+        (found,) = roofline.collectives(text)
+        by_sum = {"op": "all-reduce", "bytes": 1024, "count": 1}
+        assert found == {"op": name, "bytes": BYTES[name], "count": 1} or (name == "reduce-scatter" and found == by_sum), text
 
 
 def test_roofline_by_hand():
@@ -70,9 +127,54 @@ def test_what_is_refused():
     assert aot_compile.rows_of(config, 16, 0) == config.batch.people * 40
 
 
+def test_facenet_divides_over_the_topology_it_names():
+    config = facenet.get_config()
+    assert "--topology=v5e:4x4\n" in facenet.__doc__ and aot_compile.rows_of(config, 16, 0) == 16 * 120
+    assert aot_compile.rows_of(config, 256, 120) % config.batch.images_per_person == 0
+
+
+def test_loops_are_named():
+    config = facenet.get_config()
+    (mining,) = aot_compile.not_counted(config, 600)
+    assert "3 x 40 turns (256 anchors each" in mining
+    config.triplet.rule = "batch_hard"
+    assert aot_compile.not_counted(config, 120) == []
+    config.batch.microbatches = 4
+    (micro,) = aot_compile.not_counted(config, 120)
+    assert micro.startswith("4 micro-batches")
+
+
+def test_a_loop_body_is_counted_once():
+    """What `not_counted` rests on: when XLA's analysis multiplies by the turns, it has to go."""
+    step = jax.jit(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=7)[0])
+    flops = step.lower(jax.ShapeDtypeStruct((64, 64), "float32")).compile().cost_analysis()["flops"]
+    assert flops == pytest.approx(2 * 64**3, rel=0.01)
+
+
 def run(*arguments):
     environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("typed", "passed_on"),
+    [
+        (
+            ["--config", "C", "--config.batch.people", "7", "--noconfig.transforms.flip", "-rows_per_device=24", "--classes", "9"],
+            ["--config.batch.people=7", "--config.transforms.flip=False", "--rows_per_device=24", "--classes=9", "--hlo="],
+        ),
+        # The last counts.
+        (["--config=experiments/configs/facenet.py", "-config=C"], ["--rows_per_device=0", "--classes=10000", "--hlo="]),
+    ],
+)
+def test_flags_reach_the_compiling_process_however_typed(typed, passed_on):
+    code = (
+        "from experiments import aot_compile as a; from facenet_jax import command_line\n"
+        "a.compile_all = lambda *all: print(all)\na._flags()\ncommand_line.run(a.main)"
+    )
+    typed = [word.replace("C", "experiments/configs/synthetic.py") for word in typed]
+    done = subprocess.run([sys.executable, "-c", code, "--topology=v5e:2x2", *typed], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(("experiments/configs/synthetic.py", ["v5e:2x2"], passed_on)), done.stderr
 
 
 def test_command_lines_say_what_is_missing():
@@ -81,6 +183,8 @@ def test_command_lines_say_what_is_missing():
         assert done.returncode == 2 and "topolog" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     done = run("experiments.aot_compile", "--topology=v9:1x1")
     assert done.returncode == 2 and "v5e" in done.stderr
+    done = run("experiments.aot_compile", "--topology=v5e:1x1", "--config.bogus=1")
+    assert done.returncode == 2 and "bogus" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     if not _has_libtpu():
         done = run("experiments.aot_compile", "--topology=v5e:1x1", "--config=experiments/configs/synthetic.py")
         assert done.returncode == 2 and "requirements-aot.txt" in done.stderr
@@ -112,6 +216,12 @@ def test_compiles_for_a_tpu_that_is_not_there(tmp_path):
         assert entry["flops_per_chip"] > 0 and entry["hbm_bytes_per_chip"] > 0 and entry["peak_hbm_bytes"] > 0
         assert {operation["op"] for operation in entry["collectives"]} >= {"all-gather", "all-reduce"}
         assert entry["roofline"]["bound_by"] in ("compute", "memory", "network")
+        assert [line.split(":")[0] for line in entry["not_counted"]] == ["mining"]
+    arguments = ["--config=experiments/configs/synthetic.py", "--topology=v5e:1x1", f"--output={output}", *settings]
+    done = run("experiments.aot_compile", *arguments, "--config.batch.microbatches=2")
+    assert done.returncode == 0 and "not counted: 2 micro-batches" in done.stdout, done.stderr
+    (entry,) = json.loads(output.read_text())
+    assert entry["peak_hbm_bytes"] > 0 and entry["roofline"] is entry["predicted_images_per_s"] is entry["flops_per_chip"] is None
     done = run("experiments.aot_compile", "--config=experiments/configs/synthetic.py", "--topology=v5e:3x5", *settings)
     assert done.returncode == 2 and "v5e:3x5" in done.stderr
 
@@ -120,5 +230,7 @@ def test_efficiency_and_plot(tmp_path):
     entry = lambda chips, rate: {"topology": f"v5e:{chips}", "chips": chips, "global_batch": 120 * chips, "predicted_images_per_s": rate}
     found = [entry(1, 100.0), entry(4, 380.0)]
     assert scaling.efficiencies(found) == [1.0, 0.95]
+    with pytest.raises(BadInput, match="2 micro-batches"):
+        scaling.efficiencies([{**found[0], "predicted_images_per_s": None, "not_counted": ["2 micro-batches"]}])
     scaling.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -238,7 +238,8 @@ def start_and_wait(command, environment, workdir, count):
 
 def children(pid):
     """Processes that it started and that make batches."""
-    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    # A thread may have started them.
+    found = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
     return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 

@@ -103,9 +103,9 @@ def test_the_embeddings_of_any_batch(small, tmp_path, form, fold, preprocessing)
     [
         ("nn4_small2", {}),
         ("nn4_small2", {"pooling": "definition"}),
-        ("resnet50", {}),
+        pytest.param("resnet50", {}, marks=pytest.mark.slow),
         *(
-            pytest.param(name, {"embedding_size": 24}, marks=[pytest.mark.slow] if name in ("iresnet34", "iresnet100") else [])
+            pytest.param(name, {"embedding_size": 24}, marks=[pytest.mark.slow] if name in ("iresnet34", "iresnet50", "iresnet100") else [])
             for name in models.NETWORKS
             if name != "nn4_small2"
         ),

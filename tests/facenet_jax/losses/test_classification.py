@@ -39,3 +39,7 @@ def test_impossible_settings():
         Softmax(1)
     with pytest.raises(BadInput, match="scale"):
         Softmax(5, margin=0.3)
+    for name, wrong in (("scale", (-1.0, float("nan"))), ("margin", (-0.1,)), ("smoothing", (-0.1, 1.0, float("nan")))):
+        for value in wrong:
+            with pytest.raises(BadInput, match=rf"^softmax\.{name}={value}"):
+                Softmax(5, **{"scale": 30.0, name: value})

@@ -20,7 +20,8 @@ def test_original_schedule_files(shared):
     folder = shared / "data" / "schedules"
     casia = schedules.create(str(folder / "learning_rate_schedule_classifier_casia.txt"), 9.0, 0, epoch_steps=10)
     assert [round(float(casia(s)), 6) for s in (0, 599, 600, 799, 800, 909, 910)] == [0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005, 0.0]
-    assert schedules.read_text(folder / "learning_rate_schedule_classifier_casia.txt").stop == 91
+    text = schedules.read_text(folder / "learning_rate_schedule_classifier_casia.txt")
+    assert (text.epochs[-1], text.rates[-1]) == (91, -1.0)
     assert schedules.read_text(folder / "learning_rate_retrain_tripletloss.txt").rates[0] == pytest.approx(0.1)
     for path in folder.iterdir():
         schedules.read_text(path)
@@ -34,6 +35,25 @@ def test_broken_schedule_files(tmp_path):
             schedules.read_text(path)
     with pytest.raises(BadInput, match="constant, linear, cosine"):
         schedules.create("step", 0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("learning_rate", {"rate": -0.1}),
+        ("learning_rate", {"rate": float("nan")}),
+        ("learning_rate", {"rate": float("inf")}),
+        ("warmup", {"warmup": -1}),
+        ("epoch_steps", {"epoch_steps": 0}),
+    ],
+)
+def test_impossible_rates(setting, values):
+    with pytest.raises(BadInput, match=rf"^optimizer\.{setting}="):
+        schedules.create("constant", **{"rate": 0.1, "steps": 10, **values})
+
+
+def test_a_rate_of_zero_is_no_mistake():
+    assert float(schedules.create("cosine", 0.0, 10, warmup=2)(1)) == 0
 
 
 def steps(name, gradients, rate=0.1, **settings):
