@@ -330,8 +330,8 @@ def test_of_two_folders_of_one_person_one_stays():
     faces = make([8, 2, 5])
     x = faces.embeddings
     x[4:8] = make([4], seed=9).embeddings  # p0 is two people, with half of its images each
-    nearly = lambda row: normalised(row + 0.1 * normalised(np.random.default_rng(2).normal(size=SIZE)))
-    x[8], x[9] = nearly(x[0]), nearly(x[4])  # and so is p1, of whom there are too few images to tell
+    # And so is p1, of whom there are too few images to tell.
+    x[8:10] = normalised(x[[0, 4]] + 0.1 * normalised(np.random.default_rng(2).normal(size=(1, SIZE))))
     found = identities(faces, **clean.options("identities", {}))
     assert [f.facts["identities"] for f in found.sections[1].findings] == [["p0", "p1"]]
     assert set(found.exclusions.people) == {"p0"}
