@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "semi_hard": Rule("all", inside=True, beyond=True, choose="nearest"),
     "semi_hard_random": Rule("all", inside=True, beyond=True, choose="random"),
     "violating": Rule("once", inside=True, beyond=False, choose="random"),
+    "every_semi_hard": Rule("all", inside=True, beyond=True, choose="every"),
     "batch_hard": Rule("hardest", inside=False, beyond=False, choose="nearest"),
     "batch_all": Rule("all", inside=True, beyond=False, choose="every"),
     "easy_positive": Rule("easiest", inside=True, beyond=True, choose="nearest"),

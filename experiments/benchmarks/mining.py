@@ -19,16 +19,13 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import timing
-from facenet_jax import command_line, mining
+from facenet_jax import command_line
 from facenet_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
 MARGIN, IMAGES, DIMENSIONS = 0.2, 40, 128
 EVERY, NEAREST = "every_semi_hard", "semi_hard"
 TOLERANCE = 1e-4
-
-# Of no use in training beside the nearest; here because the peer has it.
-mining.RULES.setdefault(EVERY, mining.Rule("all", inside=True, beyond=True, choose="every"))
 
 Pass = Callable[[], tuple[Any, Any]]
 

@@ -181,7 +181,7 @@ def test_starts_from_weights(config, tmp_path):
     for a, b in zip(jax.tree.leaves(first.variables["params"]), jax.tree.leaves(second.variables["params"]), strict=True):
         np.testing.assert_array_equal(a, b)
     config.model.embedding_size = 8
-    with pytest.raises(BadInput, match="is a small_resnet of 16 numbers"):
+    with pytest.raises(BadInput, match=r"is another small_resnet: .* has shape \(16,\) there, \(8,\) in this run"):
         train.run(config, tmp_path / "third", tmp_path)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from facenet_jax import folding, models
 from facenet_jax.weights.portable import Weights
+from tests.references.variables import random_variables
 
 # (network, input side, BatchNorms, those that a layer feeds directly): the others normalise sums and stay.
 CASES = [
@@ -20,15 +21,13 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "size", "norms", "foldable"), CASES)
 def test_folded_network_gives_the_same_prelogits(name: str, size: int, norms: int, foldable: int) -> None:
-    rng = np.random.default_rng(0)
     model = models.create(name)
-    moved = lambda a: np.asarray(a) + (rng.uniform(0.1, 0.5, a.shape).astype(np.float32) if a.ndim == 1 else 0)
-    variables = jax.tree.map(moved, models.initialise(model, jax.random.key(0), size))
+    variables = random_variables(model, size)
     assert len(jax.tree.leaves(variables.get("batch_stats", {}))) == 2 * norms
     assert len(folding.foldable(model, size)) == foldable
     preprocessing = {"size": size, "standardisation": models.NETWORKS[name].standardisation}
     weights = Weights(variables, name, {}, preprocessing, 128)
-    images = rng.normal(size=(2, size, size, 3)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     kept, plain = folding.network(weights, folded=False)
     folded, short = folding.network(weights)
     expected = np.asarray(jax.jit(plain)(kept, images))

@@ -28,7 +28,7 @@ def select(embeddings: np.ndarray, labels: np.ndarray, mask: np.ndarray, rule: s
         if rule == "easy_positive" and positives:
             positives = [min(positives, key=lambda p: (d[a, p], p))]
         for p in positives:
-            if rule in ("semi_hard", "semi_hard_random", "easy_positive"):
+            if rule in ("semi_hard", "semi_hard_random", "every_semi_hard", "easy_positive"):
                 allowed = [x for x in negatives if d[a, p] < d[a, x] < d[a, p] + margin]
             elif rule in ("violating", "batch_all"):
                 allowed = [x for x in negatives if d[a, x] < d[a, p] + margin]
@@ -36,7 +36,7 @@ def select(embeddings: np.ndarray, labels: np.ndarray, mask: np.ndarray, rule: s
                 allowed = negatives
             if not allowed:
                 continue
-            if rule == "batch_all":
+            if rule in ("batch_all", "every_semi_hard"):
                 chosen += [(a, p, x) for x in allowed]
             elif rule in ("semi_hard_random", "violating"):
                 seed = hash32(draw ^ a, p)

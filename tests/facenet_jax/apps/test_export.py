@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,28 +25,24 @@ from facenet_jax.weights.tensorflow import from_tensorflow
 from facenet_jax.weights.torch import from_torch, read_state_dict
 from tests.facenet_jax.apps.test_pretrained import cache  # noqa: F401 - a fixture
 from tests.facenet_jax.weights.test_torch import facenet, torch  # noqa: F401 - fixtures
+from tests.references.variables import random_variables
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = 32
 
 
 def random_weights(name, size, seed=0, standardisation="", **arguments):
-    """Weights whose every tensor is random, BatchNorm's statistics too, scaled so that values neither die nor grow with depth."""
-    model, random = models.create(name, **arguments), np.random.default_rng(seed)
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), False))
-
-    def leaf(path, like):
-        kind = path[-1].key
-        if kind == "kernel":
-            values = random.normal(size=like.shape) * (1.5 / np.prod(like.shape[:-1])) ** 0.5
-        else:
-            centre = {"scale": 1, "var": 1, "slope": 0.3}.get(kind, 0)
-            values = centre + random.uniform(-0.2, 0.2, like.shape)
-        return values.astype(np.float32)
-
+    """Weights whose every tensor is random, BatchNorm's statistics too."""
+    model = models.create(name, **arguments)
     preprocessing = {"size": size, "standardisation": standardisation or models.network(name).standardisation}
-    variables = jax.tree_util.tree_map_with_path(leaf, tree)
-    return Weights(variables, name, arguments, preprocessing, model.embedding_size, provenance={"licence": "none", "source": "random"})
+    return Weights(
+        random_variables(model, size, seed),
+        name,
+        arguments,
+        preprocessing,
+        model.embedding_size,
+        provenance={"licence": "none", "source": "random"},
+    )
 
 
 def saved(path, weights):

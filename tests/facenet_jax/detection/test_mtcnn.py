@@ -121,8 +121,9 @@ def test_finds_what_the_original_finds_on_photographs(jpeg):
         wanted += len(sure)
         missed += sum(max((overlap(box, other) for other in ours), default=0) < 0.9 for box in sure)
         extra += sum(max((overlap(box, other) for other in theirs), default=0) < 0.9 for box in ours[ours[:, 4] > 0.95])
-    assert wanted > 60
-    assert (missed, extra) == (0, 0)
+    assert wanted == 92
+    # Another decoder's pixels move a few boxes.
+    assert max(missed, extra) <= (0 if jpeg else 3)
 
 
 def test_lfw_rectangles_are_the_originals():

@@ -101,10 +101,12 @@ def test_pairs_file(tmp_path, shared):
     assert found.same.tolist() == [True, False, True, False] and found.fold.tolist() == [0, 0, 1, 1]
     for text, words in (
         ("", "first line"),
+        ("1 1\nAda 1 2\nAda 1 Bob 3\n", "at least 2 of 1"),
+        ("10 0\n", "at least 2 of 1"),
         ("2 1\nAda 1 2\n", "promises 2 x 2 x 1"),
-        ("1 1\nAda 1 2\nAda x Bob 3\n", "line 3"),
-        ("1 1\nAda 1\nB 1 C 2\n", "line 2"),
-        ("1 1\n\nAda 1 2 3 4\nB 1 C 2\n", "line 3"),
+        ("2 1\nAda 1 2\nAda x Bob 3\n", "line 3"),
+        ("2 1\nAda 1\nB 1 C 2\n", "line 2"),
+        ("2 1\n\nAda 1 2 3 4\nB 1 C 2\n", "line 3"),
     ):
         path.write_text(text)
         with pytest.raises(BadInput, match=words):

@@ -8,6 +8,7 @@ import pytest
 from facenet_jax import models
 from facenet_jax.errors import BadInput
 from facenet_jax.models import inception_resnet_v1
+from tests.references.variables import random_variables
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_maps_of_inception_resnet_v1():
 def test_runs_in_bfloat16_with_float32_parameters(name):
     size = models.network(name).size
     model = models.create(name, dtype="bfloat16")
-    variables = models.initialise(model, jax.random.key(0), size)
+    variables = random_variables(model, size)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
     x = jax.random.uniform(jax.random.key(1), (2, size, size, 3))
     out = jax.jit(lambda v, a: model.apply(v, a, False))(variables, x)
@@ -64,10 +65,11 @@ def test_runs_in_bfloat16_with_float32_parameters(name):
     assert np.linalg.norm(np.asarray(out, np.float32) - exact) < 0.05 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_branches_trained_together_are_the_branches(monkeypatch):
     """Kernels and BatchNorms that read the same input run as one in training: same output, statistics and gradients as one by one."""
     model = models.create("inception_resnet_v1", embedding_size=8)
-    variables = models.initialise(model, jax.random.key(0), 75)
+    variables = random_variables(model, 75)
     rng = np.random.default_rng(0)
     images, weight = rng.normal(size=(4, 75, 75, 3)).astype(np.float32), rng.normal(size=(4, 8)).astype(np.float32)
 
@@ -84,9 +86,31 @@ def test_branches_trained_together_are_the_branches(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4 * scale)
 
 
+def test_a_block_trained_together_is_its_branches(monkeypatch):
+    """The same for a block of three branches and one of two."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 9, 9, 24)).astype(np.float32)
+    norm = {"groups": 1, "momentum": 0.9, "epsilon": 1e-3, "use_scale": False}
+    for layers in (inception_resnet_v1.BLOCK35, inception_resnet_v1.BLOCK8):
+        block = inception_resnet_v1._Residual(layers, 0.2, True, norm, jnp.float32)
+        variables = block.init(jax.random.key(0), images, False)
+
+        def loss(params, block=block, variables=variables):
+            y, moved = block.apply({**variables, "params": params}, images, True, mutable=["batch_stats"])
+            return jnp.sin(y).sum(), (y, moved)
+
+        found = []
+        for together in (inception_resnet_v1._together, lambda units, x, train: [unit(x, train) for unit in units]):
+            with monkeypatch.context() as patched:
+                patched.setattr(inception_resnet_v1, "_together", together)
+                found.append(jax.jit(jax.value_and_grad(lambda p: loss(p), has_aux=True))(variables["params"]))
+        for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_an_embedding_does_not_depend_on_its_company():
     model = models.create("small_resnet")
-    variables = models.initialise(model, jax.random.key(0), 32)
+    variables = random_variables(model, 32)
     x = jax.random.uniform(jax.random.key(1), (5, 32, 32, 3))
     together = model.apply(variables, x, False)
     alone = jnp.concatenate([model.apply(variables, x[i : i + 1], False) for i in range(5)])

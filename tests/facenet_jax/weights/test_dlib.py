@@ -161,7 +161,7 @@ def test_descriptors_are_dlibs_own(published, shared):
 
 def test_published_weights_say_where_they_are_from(published):
     weights = load_weights(published[1])
-    assert weights.thresholds == {"euclidean": 0.6} and not weights.normalise and "CC0" in weights.provenance["licence"]
+    assert weights.thresholds == {"squared": {"stated": 0.36}} and not weights.normalise and "CC0" in weights.provenance["licence"]
     assert weights.provenance["alignment"]["method"] == "dlib template at 150 (get_face_chip, padding 0.25)"
 
 
