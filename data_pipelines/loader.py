@@ -68,21 +68,17 @@ class _HostBatch:
     settings: transforms.Transforms
     seed: int
     rows: slice
-    # In the memory that a worker shares with the trainer: decoded there, a batch is never copied.
-    shared: bool
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         indices = self.sampler.batch(number)[self.rows]
-        shape = (len(indices), self.settings.size, self.settings.size, 3)
-        place = grain.multiprocessing.SharedMemoryArray(shape, np.uint8) if self.shared else np.empty(shape, np.uint8)
-        batch = place.view(np.ndarray)
+        batch = np.empty((len(indices), self.settings.size, self.settings.size, 3), np.uint8)
         chance = self.settings != self.settings.without_chance()
         for row, index in enumerate(indices):
             # A generator costs a fifth of a picture's decoding; without chance nobody draws from it.
             rng = np.random.default_rng((self.seed, 2, number, self.rows.start + row)) if chance else _NO_CHANCE
             if chance or self.settings.crop or not decoded_into(batch[row], self.source, int(index)):
                 batch[row] = transforms.apply(load_pixels(self.source, int(index)), self.settings, rng)
-        return {"image": place, "label": self.source.labels[indices].astype(np.int32), "index": indices.astype(np.int32)}
+        return {"image": batch, "label": self.source.labels[indices].astype(np.int32), "index": indices.astype(np.int32)}
 
 
 def _start_worker(number: int, count: int) -> None:
@@ -142,7 +138,7 @@ def batches(
     if sampler.rows % hosts:
         raise BadInput(f"a batch of {sampler.rows} images does not divide over {hosts} hosts")
     host_rows = sampler.rows // hosts
-    make = _HostBatch(source, sampler, settings, seed, slice(host * host_rows, (host + 1) * host_rows), shared=workers > 0)
+    make = _HostBatch(source, sampler, settings, seed, slice(host * host_rows, (host + 1) * host_rows))
     dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if workers:
         # Grain reads absl flags when it starts workers, also in programs that have none.
