@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_saves_all_and_more_processes_go_on(start, whole
     assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_others_and_one_process_goes_on(start, whole, one_process, tmp_path, killed):
     two = start(tmp_path / "run", 2, devices=2)
     wait_until(lambda: train.saved_steps(tmp_path / "run"), two)

@@ -106,7 +106,7 @@ def test_company_and_canvas_do_not_matter():
         assert len(detector()([wide])[0]) >= len(found)
 
 
-@pytest.mark.parametrize("jpeg", ["", "ijg9"])
+@pytest.mark.parametrize("jpeg", [pytest.param("", marks=pytest.mark.slow), "ijg9"])
 def test_finds_what_the_original_finds_on_photographs(jpeg):
     if jpeg:
         pytest.importorskip("jpeglib", reason="pip install -r requirements-legacy.txt")
