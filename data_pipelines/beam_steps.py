@@ -266,7 +266,7 @@ def run(job: Job, directory: Path, options: PipelineOptions, reject_limit: float
             result = pipeline.run()
             state = result.wait_until_finish()
         except Exception as error:
-            # It comes as text, from another process or with the step's name.
+            # Every runner has exceptions of its own; what a worker said comes as text, from another process or with the step's name.
             told = f"{type(error).__name__}: {error}"
             if said := re.findall(r"BadInput: (.*?)(?:\\n| \[while running|$)", told, re.MULTILINE):
                 raise BadInput(said[0]) from None

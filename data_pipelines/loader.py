@@ -4,10 +4,7 @@ Everything about a row, which record and which chance, follows from (seed, batch
 one integer, whatever the number of workers or hosts. Worker processes make whole batches, every host its own rows.
 """
 
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import images, transforms
+from data_pipelines.processes import end_with_parent
 from data_pipelines.sources import Source
 from facenet_jax.errors import BadInput
 
@@ -87,14 +85,7 @@ def _start_worker(number: int, count: int) -> None:
     del number, count
     for ignored in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if trainer is not None:
-            trainer.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -151,10 +142,9 @@ def batches(
 
 def in_order(source: Source, indices: np.ndarray, settings: transforms.Transforms, rows: int) -> Iterator[np.ndarray]:
     """The named records as [rows, size, size, 3] uint8, in order, without chance; the last batch is what is left."""
-    nothing = np.random.default_rng(0)
 
     def decode(index: int) -> np.ndarray:
-        return transforms.apply(load_pixels(source, int(indices[index])), settings, nothing)
+        return transforms.apply(load_pixels(source, int(indices[index])), settings, _NO_CHANCE)
 
     dataset = grain.MapDataset.range(len(indices)).map(decode).batch(rows)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -11,8 +11,8 @@ from typing import Any
 from facenet_jax.errors import BadInput
 
 
-def _end_with_parent() -> None:
-    """Workers of a killed process would wait for work forever."""
+def end_with_parent() -> None:
+    """For a worker, at its start: those of a killed process would wait for work forever."""
 
     def wait() -> None:
         parent = parent_process()
@@ -33,7 +33,7 @@ def in_processes(work: Callable[[Any], Any], things: list[Any], processes: int, 
         return
     try:
         # Fresh processes: one that forks after JAX has started its threads may hang.
-        with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
             # In windows: submitting everything at once would hold every result in memory.
             window = ahead // 2 * chunk * processes
             parts = [things[start : start + window] for start in range(0, len(things), window)]

@@ -205,9 +205,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _flags()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # The default config is read, --config.key=value included, when its flag is defined.
-        raise SystemExit(command_line.fail(str(error))) from None
-    command_line.run(main)
+    command_line.run(main, define_flags=_flags)

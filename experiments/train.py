@@ -25,7 +25,7 @@ from experiments.verifying import Evaluator, find_records, publish
 from facenet_jax import command_line, models, parallel
 from facenet_jax.errors import BadInput
 from facenet_jax.training import loop, step
-from facenet_jax.training.checkpoints import Checkpoints
+from facenet_jax.training.checkpoints import Checkpoints, saved_steps
 from facenet_jax.weights.cache import find_weights
 from facenet_jax.weights.portable import load_weights
 
@@ -34,16 +34,11 @@ FLAGS = flags.FLAGS
 _FREE = {"log_every", "checkpoint_every", "evaluate_every", "data.workers"}
 
 
-def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints of a run directory."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
-
-
 def check_same_run(workdir: Path, config: ConfigDict) -> None:
     """Compares with the run that left a checkpoint here, if one did; BadInput names the first setting that differs. Writes config.json."""
     path = workdir / "config.json"
     now = json.loads(config.to_json())
-    if path.exists() and saved_steps(workdir):
+    if path.exists() and saved_steps(workdir / "checkpoints"):
         then = command_line.flatten(json.loads(path.read_text()))
         for key, value in command_line.flatten(now).items():
             if key not in _FREE and then.get(key) != value:
@@ -68,7 +63,7 @@ def check_hosts(config: ConfigDict, workdir: Path, train: sources.Source, evalua
             "the length of the evaluation split": len(evaluation.labels),
             "content_sha256 of the evaluation records": evaluation.metadata.get("content_sha256", ""),
             "the file init": hashlib.sha256(find_weights(config.init).read_bytes()).hexdigest() if config.init else "",
-            "the list of checkpoints": saved_steps(workdir),
+            "the list of checkpoints": saved_steps(workdir / "checkpoints"),
             **command_line.flatten(json.loads(config.to_json())),
         }
     parallel.check_alike(here)
@@ -219,9 +214,4 @@ def _flags() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _flags()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # The default config is read, --config.key=value included, when its flag is defined.
-        raise SystemExit(command_line.fail(str(error))) from None
-    command_line.run(main)
+    command_line.run(main, define_flags=_flags)

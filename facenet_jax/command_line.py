@@ -15,11 +15,17 @@ from facenet_jax.errors import one_line_errors, say_error
 from facenet_jax.files import written
 
 
-def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
+def run(main: Callable[[list[str]], Any], positional: bool = False, define_flags: Callable[[], None] | None = None) -> None:
     """Runs an absl main. Bad flags and bad input end in one line and exit code 2; Ctrl-C in 130.
 
-    Words that are no flags are errors unless `positional`.
+    Words that are no flags are errors unless `positional`. `define_flags` is called first, by programs whose definitions can fail: the default config is read,
+    --config.key=value included, when its flag is defined.
     """
+    try:
+        if define_flags:
+            define_flags()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sys.exit(fail(str(error)))
 
     def parse(arguments: list[str]) -> list[str]:
         try:

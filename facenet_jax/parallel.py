@@ -73,6 +73,7 @@ def joined(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    # All of them: whatever it is, this process must end without waiting for hosts that wait for it.
     except Exception as error:
         code = 2
         if any(word in str(error) for word in ("Gloo", "NCCL", "coordination service", "UNAVAILABLE")):

@@ -67,7 +67,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("input", "", "Photographs in any layout of docs/data.md.")
     flags.DEFINE_integer("images", 300, "Photographs a run.", lower_bound=1)
     flags.DEFINE_integer("workers", 2, "Workers beside one.", lower_bound=2)
-    flags.DEFINE_integer("cores", 0, "Bind to so many cores; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("repeats", 3, "Runs of each.", lower_bound=1)
-    flags.DEFINE_string("output", "", "Where to write the JSON.")
+    timing.define_flags(repeats=3)
     command_line.run(main)

@@ -1,11 +1,10 @@
 """The convolutions of Inception-ResNet-v1, one by one, XLA's beside PyTorch's: `python -m experiments.benchmarks.convolutions --cores=1 [--output=F.json]`.
 
 What `experiments.benchmarks.embed` is made of, to see where the time of a CPU goes. Forward, float32, GFLOP/s; 1x1 kernels run as matrix products in
-ours, as in the network. The first case is a matrix product of 1,024 x 1,024, which bounds the others. Needs `pip install -r requirements-torch.txt`.
+ours, as in the network. The first case is a matrix product of 1,024 x 1,024, which bounds the others. Needs `pip install -r requirements-benchmarks.txt`.
 """
 
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from absl import flags
 
 from experiments.benchmarks import timing
 from facenet_jax import command_line, layers
-from facenet_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
 # (side, channels in, channels out, kernel, stride, padding, how often in the network at 160x160)
@@ -61,8 +59,7 @@ def _run(function: Any, *arguments: jax.Array) -> None:
 def main(_: list[str]) -> None:
     """Command line."""
     timing.use_cores(FLAGS.cores)
-    if find_spec("torch") is None:
-        raise BadInput("the peer is PyTorch: pip install -r requirements-torch.txt")
+    timing.require("torch")
     random, cases = np.random.default_rng(0), []
     a = jnp.asarray(random.normal(size=(1024, 1024)), jnp.float32)
     seconds = timing.interleaved({"ours": partial(_run, jax.jit(jnp.matmul), a, a)}, FLAGS.repeats)["ours"]
@@ -83,7 +80,5 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("batch", 4, "Images; ours embeds by 4 on a CPU.", lower_bound=1)
-    flags.DEFINE_integer("cores", 0, "Bind to so many cores; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("repeats", 21, "Runs of each.", lower_bound=1)
-    flags.DEFINE_string("output", "", "Where to write the JSON.")
+    timing.define_flags(repeats=21)
     command_line.run(main)

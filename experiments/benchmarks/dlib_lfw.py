@@ -78,6 +78,7 @@ def _cached(path: Path, keys: list[str], settings: str, make: Callable[[], Conte
         pass
     content = make()
     with written(path) as aside, aside.open("wb") as file:
+        # Its signature takes a name of ours for its own allow_pickle.
         np.savez(file, keys=np.asarray(keys), settings=np.asarray(settings), **content)  # type: ignore[arg-type]
     return content
 
@@ -106,6 +107,7 @@ def make_descriptors(path: Path, keys: list[str], settings: str, chips: Content,
         seconds: dict[str, list[float]] = {"seconds_dlib": [], "seconds_ours": []}
         for start in range(0, len(keys), BATCH):
             same, own = (chips[name][start : start + BATCH] for name in ("dlib", "ours"))
+            # Called at once, before the loop moves on: the variables they close over are this turn's.
             took_dlib = timing.seconds(lambda: found[DLIB].append(np.asarray(model.compute_face_descriptor(list(same)))))  # noqa: B023
             took_ours = timing.seconds(lambda: found[SAME_CHIPS].append(embedder(same)))  # noqa: B023
             found[OWN_CHIPS].append(embedder(own))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from facenet_jax import command_line
 from facenet_jax.errors import BadInput
@@ -124,6 +125,14 @@ def _device(packages: tuple[str, ...]) -> str:
         if jax.default_backend() != "cpu":
             text = f"{jax.devices()[0].device_kind}, {text}"
     return text
+
+
+def define_flags(repeats: int) -> None:
+    """--cores (or --threads), --repeats and --output, which benchmarks beside a peer share."""
+    flags.DEFINE_integer("cores", 0, "Bind to so many cores, and every peer to as many threads; 0: all.", lower_bound=0)
+    flags.DEFINE_alias("threads", "cores")
+    flags.DEFINE_integer("repeats", repeats, "Runs of each case.", lower_bound=1)
+    flags.DEFINE_string("output", "", "Where to write the JSON.")
 
 
 def write(path: str, name: str, cases: list[Case], packages: tuple[str, ...]) -> None:

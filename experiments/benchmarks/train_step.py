@@ -316,8 +316,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 32, "Images a step.", lower_bound=4)
     flags.DEFINE_integer("images_per_person", 4, "Images of one person in a batch.", lower_bound=2)
     flags.DEFINE_enum("dtype", "float32", list(TOLERANCES), "Precision of the network; mining and loss are float32.")
-    flags.DEFINE_integer("cores", 0, "Bind to so many cores (PyTorch gets as many threads); 0: all.", lower_bound=0)
-    flags.DEFINE_alias("threads", "cores")
     flags.DEFINE_enum(
         "compile",
         "",
@@ -325,7 +323,6 @@ if __name__ == "__main__":
         "torch.compile mode; empty: default on a GPU, none on CPU.",
     )
     flags.DEFINE_integer("steps", 0, "Steps timed together; 0: 1 on CPU, 10 on a GPU.", lower_bound=0)
-    flags.DEFINE_integer("repeats", 5, "Runs of each.", lower_bound=1)
     flags.DEFINE_string("profile", "", "A directory for a profile of our step.")
-    flags.DEFINE_string("output", "", "Where to write the JSON.")
+    timing.define_flags(repeats=5)
     command_line.run(main)

@@ -133,7 +133,8 @@ def _windows(
     x, y = jnp.divmod(cell[0], high)
     # From tables in float64: a quotient that should be whole decides which pixel is meant.
     edge = lambda cells: jnp.asarray(np.trunc((_STRIDE * np.arange(max(wide, high)) + cells) / scale), jnp.float32)
-    box = jnp.stack([edge(1)[x], edge(1)[y], edge(_CELL)[x], edge(_CELL)[y]], -1)
+    begin, end = edge(1), edge(_CELL)
+    box = jnp.stack([begin[x], begin[y], end[x], end[y]], -1)
     # The original turns the corrections of a level with a single candidate over (generateBoundingBox): 1.2% of LFW's boxes follow from it.
     x = jnp.where(jnp.isfinite(score[0]).sum() == 1, filled[0] - 1 - x, x)
     fill = (0, settings.proposals - len(box))

@@ -19,6 +19,11 @@ import orbax.checkpoint as ocp
 from facenet_jax.errors import BadInput
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of the whole checkpoints that lie there, oldest first; seen without opening them."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 class Checkpoints:
     """Checkpoints of one run, newest last."""
 
@@ -90,8 +95,8 @@ class Checkpoints:
             code = error.errno if isinstance(error, OSError) else int((re.findall(r"os_error_code='(\d+)'", str(error)) or [0])[0])
             if not code:
                 raise
-            whole = max((int(path.name) for path in self._directory.glob("*") if path.name.isdigit()), default=None)
-            kept = "there is no checkpoint yet" if whole is None else f"the last whole checkpoint, of step {whole}, is kept"
+            whole = saved_steps(self._directory)
+            kept = f"the last whole checkpoint, of step {whole[-1]}, is kept" if whole else "there is no checkpoint yet"
             raise BadInput(
                 f"{self._directory}: a checkpoint cannot be written ({os.strerror(code)}); {kept}. The same command goes on when that is mended"
             ) from None

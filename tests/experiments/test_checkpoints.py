@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import train
 from facenet_jax.errors import BadInput
-from facenet_jax.training.checkpoints import Checkpoints
+from facenet_jax.training.checkpoints import Checkpoints, saved_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 resource = pytest.importorskip("resource")
@@ -126,7 +125,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(people, 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     words = f"error: {workdir}/checkpoints: a checkpoint cannot be written (No space left on device); the last whole checkpoint, of step 1, is kept"
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(words) and "Traceback" not in done.stderr, done.stderr
-    assert train.saved_steps(workdir) == [1]
+    assert saved_steps(workdir / "checkpoints") == [1]
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "goes on from step 1" in done.stdout, done.stderr

@@ -19,6 +19,7 @@ from experiments import reporting, train
 from facenet_jax import parallel
 from facenet_jax.errors import BadInput
 from facenet_jax.training import loop
+from facenet_jax.training.checkpoints import saved_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 24, 4
@@ -150,7 +151,7 @@ def test_a_signal_to_one_process_saves_all_and_more_processes_go_on(start, whole
     assert codes == [0, 0], said
     assert loop.SAVED in said[0] and loop.SAVED not in said[1], said
     stopped = len(lines(tmp_path / "run"))
-    assert stopped < STEPS and train.saved_steps(tmp_path / "run")[-1] == stopped
+    assert stopped < STEPS and saved_steps(tmp_path / "run" / "checkpoints")[-1] == stopped
     same_losses(tmp_path / "run", whole, stopped)
 
     four = start(tmp_path / "run", 4)
@@ -165,12 +166,12 @@ def test_a_signal_to_one_process_saves_all_and_more_processes_go_on(start, whole
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_others_and_one_process_goes_on(start, whole, one_process, tmp_path, killed):
     two = start(tmp_path / "run", 2, devices=2)
-    wait_until(lambda: train.saved_steps(tmp_path / "run"), two)
+    wait_until(lambda: saved_steps(tmp_path / "run" / "checkpoints"), two)
     two[killed].kill()
     codes, said = finish(two, 300)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] not in (0, None), said
     assert said[1 - killed].rstrip().splitlines()[-1].startswith(f"error: {GONE}"), said
-    saved = train.saved_steps(tmp_path / "run")[-1]
+    saved = saved_steps(tmp_path / "run" / "checkpoints")[-1]
     assert 0 < saved < STEPS and saved % EVERY == 0
     assert one_process(tmp_path / "run", 4)["pairs"] == 6000
     same_losses(tmp_path / "run", whole)
