@@ -84,7 +84,8 @@ def apply_folded(model: nn.Module, size: int, variables: Any, images: jax.Array)
         module = context.module
         if isinstance(module, BatchNorm) and context.method_name == "__call__" and module.path in pairs:
             bias: jax.Array = module.get_variable("params", "bias")
-            return args[0] + bias.astype(args[0].dtype)
+            y = args[0] + bias.astype(args[0].dtype)
+            return nn.relu(y) if kwargs.get("relu") else y
         return call(*args, **kwargs)
 
     with nn.intercept_methods(skip):

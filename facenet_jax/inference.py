@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from facenet_jax import folding, models
+from facenet_jax import compiling, folding, models
 from facenet_jax.errors import BadInput
 from facenet_jax.layers import l2_normalize
 from facenet_jax.preprocessing import Preprocessing
@@ -44,7 +44,7 @@ def _forward(network: str, arguments: str, preprocessing: Preprocessing, normali
         prelogits = folding.apply_folded(model, preprocessing.size, variables, preprocessing(images))
         return l2_normalize(prelogits) if normalise else prelogits
 
-    return jax.jit(forward)
+    return jax.jit(forward, compiler_options=compiling.options())
 
 
 @dataclass

@@ -67,7 +67,7 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     pads = explicit_padding(x.shape[1:3], window, stride, padding)
     floats_per_image = dy.shape[1] * dy.shape[2] * window[0] * window[1] * x.shape[-1]
     count = x.shape[0]
-    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or c * floats_per_image <= _PATCH_FLOATS))
+    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or (c < count and c * floats_per_image <= _PATCH_FLOATS)))
 
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         images, gradients = pair
@@ -82,16 +82,55 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     return total.reshape(shape).astype(x.dtype)
 
 
+def _interleave(phases: Sequence[Sequence[Array]]) -> Array:
+    """[a][b] of [n, h, w, c] -> [n, rows * h, columns * w, c]: phase (a, b) holds the places a, a + rows, ... by b, b + columns, ..."""
+    together = jnp.stack([jnp.stack(row, 3) for row in phases], 2)
+    n, h, rows, w, columns, c = together.shape
+    return together.reshape(n, h * rows, w * columns, c)
+
+
+def _image_gradient_by_phases(dy: Array, kernel: Array, size: tuple[int, ...], stride: int, padding: Padding) -> Array:
+    """Gradient of a strided convolution's image as a convolution for each phase of the stride, with that phase's part of the kernel.
+
+    XLA's CPU backend puts zeros between the places of dy instead and multiplies them all, stride^2 times the work.
+    """
+    window = kernel.shape[:2]
+    pads = explicit_padding(size, window, stride, padding)
+    padded = [side + sum(pad) for side, pad in zip(size, pads)]
+    count = [-(-side // stride) for side in padded]
+
+    def phase(a: int, b: int) -> Array:
+        part = jnp.flip(kernel[a::stride, b::stride], (0, 1)).swapaxes(2, 3)
+        if 0 in part.shape:
+            return jnp.zeros((dy.shape[0], *count, kernel.shape[2]), dy.dtype)
+        rows, columns = ((part.shape[axis] - 1, count[axis] - dy.shape[1 + axis]) for axis in (0, 1))
+        if part.shape[:2] == (1, 1):
+            return jnp.pad(_product(dy, part), ((0, 0), rows, columns, (0, 0)))
+        return _convolve(dy, part, 1, (rows, columns))
+
+    dx = _interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
+    (top, _), (left, _) = pads
+    return dx[:, top : top + size[0], left : left + size[1]]
+
+
 def _is_product(kernel: Array, stride: int, padding: Padding) -> bool:
     return kernel.shape[:2] == (1, 1) and stride == 1 and (isinstance(padding, str) or not any(map(any, padding)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d]; 1x1 kernels run as a matrix product."""
-    if _is_product(kernel, stride, padding):
-        return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=precision_for(x.dtype))
-    return _convolve(x, kernel, stride, padding)
+    """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d].
+
+    On a CPU 1x1 kernels run as a matrix product; a TPU would flatten x for it, which is another layout there.
+    """
+    convolution = lambda a, k: _convolve(a, k, stride, padding)
+    if not _is_product(kernel, stride, padding):
+        return convolution(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=_product, default=convolution)
+
+
+def _product(x: Array, kernel: Array) -> Array:
+    return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=precision_for(x.dtype))
 
 
 def _conv2d_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
@@ -100,17 +139,21 @@ def _conv2d_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> t
 
 def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    if _is_product(kernel, stride, padding):
-        precision = precision_for(x.dtype)
-        dx = jnp.einsum("nhwd,cd->nhwc", dy, kernel[0, 0], precision=precision)
-        return dx, jnp.einsum("nhwc,nhwd->cd", x, dy, precision=precision)[None, None]
-    _, pull_x = jax.vjp(lambda a: _convolve(a, kernel, stride, padding), x)
 
-    def by_xla(a: Array, b: Array) -> Array:
+    def image_by_xla(b: Array, k: Array) -> Array:
+        return jax.vjp(lambda a: _convolve(a, k, stride, padding), x)[1](b)[0]
+
+    def kernel_by_xla(a: Array, b: Array) -> Array:
         return jax.vjp(lambda k: _convolve(a, k, stride, padding), kernel)[1](b)[0]
 
-    by_patches = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
-    return pull_x(dy)[0], lax.platform_dependent(x, dy, cpu=by_patches, default=by_xla)
+    image_on_cpu = image_by_xla
+    if _is_product(kernel, stride, padding):
+        image_on_cpu = lambda b, k: _product(b, k.swapaxes(2, 3))
+    elif stride > 1:
+        image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
+    kernel_on_cpu = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
+    dx = lax.platform_dependent(dy, kernel, cpu=image_on_cpu, default=image_by_xla)
+    return dx, lax.platform_dependent(x, dy, cpu=kernel_on_cpu, default=kernel_by_xla)
 
 
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
@@ -166,34 +209,41 @@ class Dense(nn.Module):
         return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalize_batch(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
-    """Normalises each group of x [groups, rows, c] by its own statistics: (y, mean [g, 1, c], biased variance).
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def normalize_batch(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool = False) -> tuple[Array, Array, Array]:
+    """Normalises each group of x [groups, rows, ..., c] by its own statistics: (y, mean [groups, 1, ..., c], biased variance), y after ReLU if asked.
 
-    The gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector
-    instructions. Gradients do not flow through the returned statistics. Sums are in float32.
+    `near` [c], a guess of the mean, is taken off before squares are summed, so that one pass over x gives both sums without losing digits. The
+    gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector instructions; ReLU's is made
+    again from x, where the derived one would keep a mask. Gradients do not flow through the returned statistics. Sums are in float32. x keeps its
+    axes: flattened, a TPU would have to bring it into another layout and back.
     """
-    return _normalize_batch_forward(x, scale, bias, epsilon)[0]
+    return _normalize_batch_forward(x, scale, bias, near, epsilon, relu)[0]
 
 
-def _normalize_batch_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Any, Any]:
-    values = x.astype(jnp.float32)
-    mean = values.mean(1, keepdims=True)
-    var = jnp.square(values - mean).mean(1, keepdims=True)
+def _normalize_batch_forward(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool) -> tuple[Any, Any]:
+    axes = tuple(range(1, x.ndim - 1))
+    values = x.astype(jnp.float32) - near
+    away, squares = values.mean(axes, keepdims=True), jnp.square(values).mean(axes, keepdims=True)
+    mean, var = away + near, jnp.maximum(squares - jnp.square(away), 0)
     inverse = lax.rsqrt(var + epsilon)
-    y = ((values - mean) * (inverse * scale) + bias).astype(x.dtype)
-    return (y, mean, var), (x, mean, inverse, scale)
+    y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
+    return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
 
 
-def _normalize_batch_backward(epsilon: float, saved: Any, cotangents: Any) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale = saved
-    dy = cotangents[0].astype(jnp.float32)
-    normal = (x.astype(jnp.float32) - mean) * inverse
-    dbias = dy.sum(1, keepdims=True)
-    dscale = (dy * normal).sum(1, keepdims=True)
-    rows = x.shape[1]
+def _normalize_batch_backward(epsilon: float, relu: bool, saved: Any, cotangents: Any) -> tuple[Array, Array, Array, Array]:
+    x, mean, inverse, scale, bias = saved
+    axes = tuple(range(1, x.ndim - 1))
+    dy, centred = cotangents[0].astype(jnp.float32), x.astype(jnp.float32) - mean
+    if relu:
+        dy = jnp.where(centred * (inverse * scale) + bias > 0, dy, 0)
+    normal = centred * inverse
+    dbias = dy.sum(axes, keepdims=True)
+    dscale = (dy * normal).sum(axes, keepdims=True)
+    rows = x.size // (x.shape[0] * x.shape[-1])
     dx = (inverse * scale) * (dy - dbias / rows - normal * (dscale / rows))
-    return dx.astype(x.dtype), dscale.sum((0, 1)), dbias.sum((0, 1))
+    whole = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), dscale.sum(whole), dbias.sum(whole), jnp.zeros_like(bias)
 
 
 normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
@@ -222,36 +272,112 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
         return scale, bias, mean, var
 
-    def __call__(self, x: Array, train: bool) -> Array:
-        return normalize_together([self], [x.shape[-1]], x, train)
+    def __call__(self, x: Array, train: bool, *, relu: bool = False) -> Array:
+        return normalize_together([self], [x.shape[-1]], x, train, relu)
 
 
-def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool) -> Array:
-    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x."""
+def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool, relu: bool = False) -> Array:
+    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x. ReLU if asked."""
     first = norms[0]
     parts = [norm.variables_of(n) for norm, n in zip(norms, features, strict=True)]
     scale, bias = jnp.concatenate([part[0] for part in parts]), jnp.concatenate([part[1] for part in parts])
     x = x.astype(first.dtype)
+    mean, var = jnp.concatenate([part[2].value for part in parts]), jnp.concatenate([part[3].value for part in parts])
     if not train:
-        mean, var = jnp.concatenate([part[2].value for part in parts]), jnp.concatenate([part[3].value for part in parts])
         factor = scale * lax.rsqrt(var + first.epsilon)
-        return x * factor.astype(first.dtype) + (bias - mean * factor).astype(first.dtype)
+        y = x * factor.astype(first.dtype) + (bias - mean * factor).astype(first.dtype)
+        return nn.relu(y) if relu else y
     if x.shape[0] % first.groups:
         raise BadInput(f"a batch of {x.shape[0]} images does not divide into {first.groups} BatchNorm groups: set model.bn_groups")
-    y, mean, var = normalize_batch(x.reshape(first.groups, -1, x.shape[-1]), scale, bias, first.epsilon)
+    grouped = x.reshape(first.groups, x.shape[0] // first.groups, *x.shape[1:])
+    y, mean, var = normalize_batch(grouped, scale, bias, mean, first.epsilon, relu)
     if not first.is_initializing():
+        axes = tuple(range(grouped.ndim - 1))
         keep, start = first.momentum, 0
         for (_, _, running_mean, running_var), n in zip(parts, features, strict=True):
             run = slice(start, start + n)
-            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean((0, 1))[run]
-            running_var.value = keep * running_var.value + (1 - keep) * var.mean((0, 1))[run]
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(axes)[run]
+            running_var.value = keep * running_var.value + (1 - keep) * var.mean(axes)[run]
             start += n
     return y.reshape(x.shape)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def max_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> Array:
-    """Maximum over window x window."""
+    """Maximum over window x window; of equals the first, row by row, has the gradient."""
     return nn.max_pool(x, (window, window), (stride, stride), padding)
+
+
+def _max_pool_forward(x: Array, window: int, stride: int, padding: Padding) -> tuple[Array, Array]:
+    return max_pool(x, window, stride, padding), x
+
+
+def _max_pool_backward(window: int, stride: int, padding: Padding, x: Array, dy: Array) -> tuple[Array]:
+    def by_xla(x: Array, dy: Array) -> Array:
+        return jax.vjp(lambda a: nn.max_pool(a, (window, window), (stride, stride), padding), x)[1](dy)[0]
+
+    by_phases = partial(_pool_gradient_by_phases, window=window, stride=stride, padding=padding)
+    return (lax.platform_dependent(x, dy, cpu=by_phases, default=by_xla),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padding: Padding) -> Array:
+    """Gradient of a maximum: which place of its window each output has taken, then a sum for each phase of the stride.
+
+    XLA's CPU backend scatters instead, over four arrays of indices as large as x.
+    """
+    pads = explicit_padding(x.shape[1:3], (window, window), stride, padding)
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    views = {
+        (i, j): padded[:, i : i + stride * (dy.shape[1] - 1) + 1 : stride, j : j + stride * (dy.shape[2] - 1) + 1 : stride]
+        for i in range(window)
+        for j in range(window)
+    }
+    best, taken = views[0, 0], jnp.zeros(dy.shape, jnp.uint8)
+    for index, view in enumerate(views.values()):
+        best, taken = jnp.maximum(best, view), jnp.where(view > best, jnp.uint8(index), taken)
+    # Chosen once; the sums below would choose again for each of their terms.
+    taken = lax.optimization_barrier(taken)
+    count = [-(-side // stride) for side in padded.shape[1:3]]
+
+    def phase(a: int, b: int) -> Array:
+        total = jnp.zeros((dy.shape[0], *count, dy.shape[3]), dy.dtype)
+        for i in range(a, window, stride):
+            for j in range(b, window, stride):
+                given = jnp.where(taken == i * window + j, dy, 0)
+                before = i // stride, j // stride
+                around = [(before[axis], count[axis] - dy.shape[1 + axis] - before[axis]) for axis in (0, 1)]
+                total += jnp.pad(given, ((0, 0), *around, (0, 0)))
+        return total
+
+    dx = _interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
+    (top, _), (left, _) = pads
+    return dx[:, top : top + x.shape[1], left : left + x.shape[2]]
+
+
+@jax.custom_vjp
+def add_relu(x: Array, y: Array) -> Array:
+    """relu(x + y), the end of a residual block.
+
+    Written as max(x, -y) + y, the same number: XLA's CPU backend makes what looks like a function of one array again for each of its readers, and
+    the sums of a chain of blocks so grow into one another, quadratically.
+    """
+    return jnp.maximum(x, -y) + y
+
+
+def _add_relu_forward(x: Array, y: Array) -> tuple[Array, Array]:
+    total = add_relu(x, y)
+    return total, total
+
+
+def _add_relu_backward(total: Array, dy: Array) -> tuple[Array, Array]:
+    dx = jnp.where(total > 0, dy, 0)
+    return dx, dx
+
+
+add_relu.defvjp(_add_relu_forward, _add_relu_backward)
 
 
 def l2_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> Array:

@@ -7,7 +7,7 @@ photograph.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from facenet_jax import compiling
 from facenet_jax.detection import Faces, boxes, resample
 from facenet_jax.detection.networks import ONet, PNet, RNet
 from facenet_jax.errors import BadInput
@@ -168,7 +169,6 @@ def _in_chunks(function: Any, owner: Array, box: Array, valid: Array, chunk: int
     return packed[jnp.cumsum(valid) - 1]
 
 
-@partial(jax.jit, static_argnames=("scales", "settings"))
 def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, scales: tuple[float, ...], settings: Settings) -> tuple:
     """photographs uint8 [b, h, w, 3] on black canvases, sizes [b, 2], level_sizes [b, levels, 2] (0: no such level) -> boxes, scores, points, valid."""
     count = photographs.shape[0]
@@ -213,6 +213,11 @@ def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, s
     score, places = _best(score, score.shape[1])
     box, points = _take(box, places), jnp.take_along_axis(points, places[..., None, None], 1)
     return box, score, points, boxes.suppress(box, score, 0.7, True)
+
+
+@lru_cache
+def _compiled() -> Any:
+    return jax.jit(_detect, static_argnames=("scales", "settings"), compiler_options=compiling.options())
 
 
 class Mtcnn:
@@ -261,7 +266,7 @@ class Mtcnn:
             images[row, :height, :width] = fitted
             for level, scale in enumerate(pyramid(height, width, self.settings)):
                 level_sizes[row, level] = int(np.ceil(height * scale)), int(np.ceil(width * scale))
-        found = _detect(self._params, images, sizes, level_sizes, scales, self.settings)
+        found = _compiled()(self._params, images, sizes, level_sizes, scales, self.settings)
         box, score, points, valid = (np.asarray(a) for a in found)
         return [
             Faces(box[row][keep] * np.tile(ratio, 2), score[row][keep], points[row][keep] * ratio)

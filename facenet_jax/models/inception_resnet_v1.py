@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from facenet_jax.layers import BatchNorm, Conv, Dense, Padding, convolve_together, max_pool, normalize_together
+from facenet_jax.layers import BatchNorm, Conv, Dense, Padding, add_relu, convolve_together, max_pool, normalize_together
 
 
 class _ConvNorm(nn.Module):
@@ -28,7 +28,7 @@ class _ConvNorm(nn.Module):
         self.norm = BatchNorm(**self.norm_settings, dtype=self.dtype)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return nn.relu(self.norm(self.conv(x), train))
+        return self.norm(self.conv(x), train, relu=True)
 
 
 def _together(units: list[_ConvNorm], x: jax.Array, train: bool) -> list[jax.Array]:
@@ -37,7 +37,7 @@ def _together(units: list[_ConvNorm], x: jax.Array, train: bool) -> list[jax.Arr
         return [unit(x, train) for unit in units]
     features = [unit.features for unit in units]
     y = convolve_together([unit.conv for unit in units], x)
-    y = nn.relu(normalize_together([unit.norm for unit in units], features, y, train))
+    y = normalize_together([unit.norm for unit in units], features, y, train, relu=True)
     return jnp.split(y, [sum(features[:i]) for i in range(1, len(features))], -1)
 
 
@@ -82,8 +82,7 @@ class _Residual(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         mixed = _Branches(self.branches, self.norm, self.dtype, name="mixed")(x, train)
         up = Conv(x.shape[-1], 1, use_bias=True, dtype=self.dtype, name="Conv2d_1x1")(mixed)
-        x = x + self.scale * up
-        return nn.relu(x) if self.activate else x
+        return add_relu(x, self.scale * up) if self.activate else x + self.scale * up
 
 
 def _same(name: str, features: int, kernel: int | tuple[int, int]) -> _Layer:

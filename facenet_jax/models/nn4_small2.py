@@ -27,7 +27,7 @@ class _ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = Conv(self.features, self.kernel, self.stride, _PAD[self.kernel], True, self.dtype, name="conv")(x)
-        return nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="norm")(x, train))
+        return BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="norm")(x, train, relu=True)
 
 
 def _pad_to(x: jax.Array, size: int) -> jax.Array:

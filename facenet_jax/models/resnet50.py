@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from facenet_jax.layers import BatchNorm, Conv, Dense, max_pool
+from facenet_jax.layers import BatchNorm, Conv, Dense, add_relu, max_pool
 
 _PAD1 = ((1, 1), (1, 1))
 _PAD3 = ((3, 3), (3, 3))
@@ -30,17 +30,17 @@ class _Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = lambda y, name: BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)(y, train)
+        norm = lambda y, name, relu=False: BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=name)(y, train, relu=relu)
         y = Conv(self.width, 1, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(norm(y, "bn1"))
+        y = norm(y, "bn1", relu=True)
         y = Conv(self.width, 3, self.stride, _PAD1, dtype=self.dtype, name="conv2")(y)
-        y = nn.relu(norm(y, "bn2"))
+        y = norm(y, "bn2", relu=True)
         y = Conv(self.width * _EXPANSION, 1, dtype=self.dtype, name="conv3")(y)
         y = norm(y, "bn3")
         if self.project:
             x = x[:, :: self.stride, :: self.stride]
             x = norm(Conv(self.width * _EXPANSION, 1, dtype=self.dtype, name="downsample_0")(x), "downsample_1")
-        return nn.relu(x + y)
+        return add_relu(x, y)
 
 
 class Resnet50(nn.Module):
@@ -57,7 +57,7 @@ class Resnet50(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = Conv(64, 7, 2, _PAD3, dtype=self.dtype, name="conv1")(images)
-        x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(x, train))
+        x = BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(x, train, relu=True)
         x = max_pool(x, 3, 2, _PAD1)
         for stage, (width, blocks) in enumerate(_STAGES, 1):
             for index in range(blocks):

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from facenet_jax.layers import BatchNorm, Conv, Dense
+from facenet_jax.layers import BatchNorm, Conv, Dense, add_relu
 
 
 class _Block(nn.Module):
@@ -24,13 +24,13 @@ class _Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         norm = lambda name: BatchNorm(groups=self.groups, dtype=self.dtype, name=name)
         y = Conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(norm("norm1")(y, train))
+        y = norm("norm1")(y, train, relu=True)
         y = Conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
         y = norm("norm2")(y, train)
         if x.shape != y.shape:
             x = Conv(self.features, 1, dtype=self.dtype, name="shortcut")(x[:, :: self.stride, :: self.stride])
             x = norm("shortcut_norm")(x, train)
-        return nn.relu(x + y)
+        return add_relu(x, y)
 
 
 class SmallResnet(nn.Module):
@@ -49,7 +49,7 @@ class SmallResnet(nn.Module):
         x = images
         for step, features in enumerate((self.stem, self.widths[0])):
             x = Conv(features, 3, 2, dtype=self.dtype, name=f"stem{step + 1}")(x)
-            x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"stem{step + 1}_norm")(x, train))
+            x = BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"stem{step + 1}_norm")(x, train, relu=True)
         for stage, (features, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             for block in range(depth):
                 stride = 2 if block == 0 and stage > 0 else 1

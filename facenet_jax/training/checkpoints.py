@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 2) -> None:
         # What orbax logs as an error it also raises, and it is said once, in our words.
         logging.getLogger("absl").addFilter(_not_orbax)
+        sys.unraisablehook = _without_late_writes
         self._directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
@@ -111,6 +113,12 @@ class Checkpoints:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     flat = ocp.tree.to_flat_dict(tree, sep="/")
     return {name: tuple(leaf.shape) for name, leaf in flat.items() if hasattr(leaf, "shape")}
+
+
+def _without_late_writes(told: "sys.UnraisableHookArgs") -> None:
+    """After a write that failed, the writes beside it report to an event loop that orbax has closed: a traceback each, and nothing to act on."""
+    if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(told)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from facenet_jax import models, parallel
+from facenet_jax import compiling, models, parallel
 from facenet_jax.errors import BadInput
 from facenet_jax.layers import l2_normalize
 from facenet_jax.losses import classification
@@ -175,7 +175,10 @@ def make_train_step(
         return State(state.step + 1, params, batch_stats, opt_state, average), metrics
 
     whole, cut = parallel.replicated(mesh), parallel.batch_sharded(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, cut), out_shardings=(whole, whole))
+    platform = mesh.devices.flat[0].platform
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(whole, cut), out_shardings=(whole, whole), compiler_options=compiling.options(platform)
+    )
 
 
 def evaluated_variables(state: State) -> dict[str, Any]:

@@ -19,7 +19,17 @@ from facenet_jax.errors import BadInput
 # Read by ONNX Runtime 1.12 (2022) and later.
 _OPSET, _IR_VERSION = 17, 8
 
-_ELEMENTWISE = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "pow": "Pow", "gt": "Greater", "sqrt": "Sqrt"}
+_ELEMENTWISE = {
+    "add": "Add",
+    "sub": "Sub",
+    "mul": "Mul",
+    "div": "Div",
+    "max": "Max",
+    "pow": "Pow",
+    "gt": "Greater",
+    "sqrt": "Sqrt",
+    "neg": "Neg",
+}
 # Where a map's axes n, c, h, w are in [n, h, w, c].
 _MAP = (0, 3, 1, 2)
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
@@ -137,6 +147,12 @@ def _elementwise(graph: _Graph, eqn: Any, values: Sequence[Any], op: str) -> _Te
         return whole[0]
     if op == "Max" and any(zero):
         return graph.emit("Relu", [whole[0].name], order)
+    if op == "Add" and (maximum := graph.maker(values[0], "Max")):
+        # layers.add_relu: max(x, -y) + y.
+        x, negative = maximum.input
+        if negative in graph.made and graph.made[negative].op_type == "Neg" and graph.made[negative].input[0] == operand(values[1]):
+            total = graph.emit("Add", [x, operand(values[1])], order)
+            return graph.emit("Relu", [total.name], order)
     return graph.emit(op, [operand(value) for value in values], order)
 
 
@@ -348,6 +364,12 @@ def _walk(graph: _Graph, jaxpr: Any, constants: Sequence[Any], values: Sequence[
         if name in _CALLS:
             inner = eqn.params[_CALLS[name]]
             outputs = _walk(graph, inner.jaxpr, inner.consts, inputs)
+        elif name == "platform_index":
+            # Where a layer is written for each platform, the way of those that are not named.
+            outputs = [_Constant(np.asarray(eqn.params["platforms"].index(None), np.int32))]
+        elif name == "cond" and isinstance(inputs[0], _Constant):
+            branch = eqn.params["branches"][int(inputs[0].array)]
+            outputs = _walk(graph, branch.jaxpr, branch.consts, inputs[1:])
         elif all(isinstance(value, _Constant) for value in inputs):
             outputs = [_folded(eqn, inputs)]
         elif name in _RULES:

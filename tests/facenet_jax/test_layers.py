@@ -69,20 +69,33 @@ def test_kernel_gradient_by_patches_at_any_size(n, side, limit):
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_normalize_batch_equals_derived_gradient():
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("guess", [0.0, 0.3, 40.0])
+def test_normalize_batch_equals_derived_gradient(guess, relu):
     rng = np.random.default_rng(0)
     x, scale, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 12, 3), (3,), (3,)))
     dy = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def plain(x, scale, bias):
         mean, var = x.mean(1, keepdims=True), x.var(1, keepdims=True)
-        return (x - mean) / jnp.sqrt(var + 1e-3) * scale + bias
+        y = (x - mean) / jnp.sqrt(var + 1e-3) * scale + bias
+        return jnp.maximum(y, 0) if relu else y
 
-    out, pull = jax.vjp(lambda *a: layers.normalize_batch(*a, 1e-3)[0], x, scale, bias)
+    # With a guess far from the mean digits are lost, as with any sum of squares: here 1,600 times the variance's size.
+    atol = 1e-5 if guess < 1 else 1e-2
+    near = jnp.full(3, guess)
+    out, pull = jax.vjp(lambda *a: layers.normalize_batch(*a, near, 1e-3, relu)[0], x, scale, bias)
     expected, expected_pull = jax.vjp(plain, x, scale, bias)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(out, expected, atol=atol)
     for a, b in zip(pull(dy), expected_pull(dy), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def test_variance_keeps_its_digits_where_the_running_mean_is_near():
+    x = jnp.asarray(np.random.default_rng(0).normal(1000, 0.1, (64, 3)), jnp.float32)
+    _, mean, var = layers.normalize_batch(x[None], jnp.ones(3), jnp.zeros(3), jnp.full(3, 999.9), 1e-3)
+    np.testing.assert_allclose(mean[0, 0], x.astype(np.float64).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(var[0, 0], np.asarray(x, np.float64).var(0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

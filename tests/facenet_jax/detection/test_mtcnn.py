@@ -168,10 +168,10 @@ def test_a_photograph_wider_than_the_canvases_is_shrunk_and_reported_in_its_own_
 def test_nothing_compiles_twice():
     opened = images.open_photograph(photographs()["one_person.jpg"])
     detector()([opened[:200, :190]])
-    before = mtcnn._detect._cache_size()
+    before = mtcnn._compiled()._cache_size()
     detector()([opened[:210, :180], opened[:150, :250]])
     detector()([opened[:201, :133]] * 5)
-    assert mtcnn._detect._cache_size() == before
+    assert mtcnn._compiled()._cache_size() == before
 
 
 def test_settings_out_of_range():
