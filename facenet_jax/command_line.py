@@ -25,14 +25,14 @@ def run(main: Callable[[list[str]], Any], positional: bool = False, define_flags
         if define_flags:
             define_flags()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(fail(str(error)))
+        sys.exit(fail(_told(error)))
 
     def parse(arguments: list[str]) -> list[str]:
         try:
             left = flags.FLAGS(arguments)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # The others are what a config file or an unknown --config.key raises while flags are read.
-            sys.exit(fail(str(error)))
+            sys.exit(fail(_told(error)))
         if len(left) > 1 and not positional:
             sys.exit(fail(f"{left[1]!r} is not a flag"))
         return left
@@ -48,6 +48,12 @@ def run(main: Callable[[list[str]], Any], positional: bool = False, define_flags
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _told(error: Exception) -> str:
+    """A ConfigDict names an unknown key by the key alone."""
+    word = str(error).strip("'\"")
+    return f"the config has no setting {word!r}" if isinstance(error, KeyError | AttributeError) and word.isidentifier() else str(error)
 
 
 def fail(message: str) -> int:

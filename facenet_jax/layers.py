@@ -4,7 +4,7 @@ Activations are NHWC. Kernels are HWIO. Parameters are float32 whatever the comp
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -46,16 +46,20 @@ def explicit_padding(size: tuple[int, ...], window: tuple[int, ...], stride: int
     return [tuple(pair) for pair in lax.padtype_to_pads(size, window, (stride, stride), padding)]
 
 
-def _patches(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]) -> Array:
-    """[n, h, w, c] -> [n * out_h * out_w, window * c], rows in the order of a reshaped HWIO kernel."""
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+def _places_of_windows(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]], fill: float = 0) -> list[Array]:
+    """The first, second, ... place, row by row, of all windows of x [n, h, w, c]: each [n, out_h, out_w, c]."""
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
     out = [(padded.shape[1 + a] - window[a]) // stride + 1 for a in (0, 1)]
-    columns = [
+    return [
         padded[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
         for i in range(window[0])
         for j in range(window[1])
     ]
-    return jnp.concatenate(columns, -1).reshape(-1, window[0] * window[1] * x.shape[-1])
+
+
+def _patches(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]) -> Array:
+    """[n, h, w, c] -> [n * out_h * out_w, window * c], rows in the order of a reshaped HWIO kernel."""
+    return jnp.concatenate(_places_of_windows(x, window, stride, pads), -1).reshape(-1, window[0] * window[1] * x.shape[-1])
 
 
 def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], stride: int, padding: Padding) -> Array:
@@ -80,6 +84,37 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     zero = jnp.zeros((window[0] * window[1] * x.shape[-1], dy.shape[-1]), jnp.float32)
     total, _ = lax.scan(add, zero, (split(x), split(dy)))
     return total.reshape(shape).astype(x.dtype)
+
+
+def _pairs(x: Array) -> Array:
+    """[n, 2h, 2w, c] -> [n, h, w, 4c]: two by two pixels as one."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h // 2, w // 2, 4 * c)
+
+
+def _convolve_image(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """A convolution, of stride 1 or 2, of an image with few channels as one of stride 1 with four times as many: two by two pixels are one.
+
+    Three channels leave most of a CPU's vector units idle; of stride 1, all four places of two by two are made at once, as channels.
+    """
+    window, features = kernel.shape[:2], kernel.shape[3]
+    pads = explicit_padding(x.shape[1:3], window, stride, padding)
+    out = [(x.shape[1 + a] + sum(pads[a]) - window[a]) // stride + 1 for a in (0, 1)]
+    places = 2 // stride
+    count, size = [-(-n // places) for n in out], [-(-(k + places - 1) // 2) for k in window]
+    # What is missing to whole pairs; more where the last of a pair is not asked for, less where the stride leaves pixels over.
+    ends = [2 * (count[a] + size[a] - 1) - pads[a][0] - x.shape[1 + a] for a in (0, 1)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (pads[0][0], ends[0], 0), (pads[1][0], ends[1], 0), (0, 0, 0)])
+    shifted = [
+        jnp.pad(kernel, ((i, 2 * size[0] - window[0] - i), (j, 2 * size[1] - window[1] - j), (0, 0), (0, 0)))
+        for i in range(places)
+        for j in range(places)
+    ]
+    packed = _pairs(jnp.concatenate(shifted, -1).transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
+    y = _convolve(_pairs(padded), packed, 1, "VALID")
+    phases = y.reshape(*y.shape[:3], places, places, features)
+    y = _interleave([[phases[:, :, :, i, j] for j in range(places)] for i in range(places)])
+    return y[:, : out[0], : out[1]]
 
 
 def _interleave(phases: Sequence[Sequence[Array]]) -> Array:
@@ -121,12 +156,15 @@ def _is_product(kernel: Array, stride: int, padding: Padding) -> bool:
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d].
 
-    On a CPU 1x1 kernels run as a matrix product; a TPU would flatten x for it, which is another layout there.
+    On a CPU 1x1 kernels run as a matrix product (a TPU would flatten x for it, which is another layout there), images as `_convolve_image` says.
     """
     convolution = lambda a, k: _convolve(a, k, stride, padding)
-    if not _is_product(kernel, stride, padding):
-        return convolution(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_product, default=convolution)
+    if _is_product(kernel, stride, padding):
+        return lax.platform_dependent(x, kernel, cpu=_product, default=convolution)
+    if x.shape[-1] <= 4 and stride <= 2:
+        image = lambda a, k: _convolve_image(a, k, stride, padding)
+        return lax.platform_dependent(x, kernel, cpu=image, default=convolution)
+    return convolution(x, kernel)
 
 
 def _product(x: Array, kernel: Array) -> Array:
@@ -209,37 +247,58 @@ class Dense(nn.Module):
         return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def normalize_batch(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool = False) -> tuple[Array, Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def normalize_batch(
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool = False, pool: tuple[int, int] | None = None
+) -> tuple[Array, Array, Array]:
     """Normalises each group of x [groups, rows, ..., c] by its own statistics: (y, mean [groups, 1, ..., c], biased variance), y after ReLU if asked.
+
+    pool, (window, stride) of a maximum of y over height and width: taken of x, the statistics being those of all of x. The same where scale is
+    positive, and what is normalised, kept and read again is a quarter.
 
     `near` [c], a guess of the mean, is taken off before squares are summed, so that one pass over x gives both sums without losing digits. The
     gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector instructions; ReLU's is made
     again from x, where the derived one would keep a mask. Gradients do not flow through the returned statistics. Sums are in float32. x keeps its
     axes: flattened, a TPU would have to bring it into another layout and back.
     """
-    return _normalize_batch_forward(x, scale, bias, near, epsilon, relu)[0]
+    return _normalize_batch_forward(x, scale, bias, near, epsilon, relu, pool)[0]
 
 
-def _normalize_batch_forward(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool) -> tuple[Any, Any]:
+def _pool_groups(x: Array, pool: tuple[int, int] | None) -> Array:
+    """Maximum over height and width of x [groups, rows, h, w, c]."""
+    if pool is None:
+        return x
+    y = max_pool(x.reshape(-1, *x.shape[2:]), *pool)
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _normalize_batch_forward(
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool, pool: tuple[int, int] | None
+) -> tuple[Any, Any]:
     axes = tuple(range(1, x.ndim - 1))
     values = x.astype(jnp.float32) - near
     away, squares = values.mean(axes, keepdims=True), jnp.square(values).mean(axes, keepdims=True)
     mean, var = away + near, jnp.maximum(squares - jnp.square(away), 0)
     inverse = lax.rsqrt(var + epsilon)
-    y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
-    return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
+    pooled = _pool_groups(x, pool)
+    y = (pooled.astype(jnp.float32) - mean) * (inverse * scale) + bias
+    return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, pooled, mean, inverse, scale, bias)
 
 
-def _normalize_batch_backward(epsilon: float, relu: bool, saved: Any, cotangents: Any) -> tuple[Array, Array, Array, Array]:
-    x, mean, inverse, scale, bias = saved
+def _normalize_batch_backward(
+    epsilon: float, relu: bool, pool: tuple[int, int] | None, saved: Any, cotangents: Any
+) -> tuple[Array, Array, Array, Array]:
+    x, pooled, mean, inverse, scale, bias = saved
     axes = tuple(range(1, x.ndim - 1))
-    dy, centred = cotangents[0].astype(jnp.float32), x.astype(jnp.float32) - mean
+    dy, centred = cotangents[0].astype(jnp.float32), pooled.astype(jnp.float32) - mean
     if relu:
         dy = jnp.where(centred * (inverse * scale) + bias > 0, dy, 0)
     normal = centred * inverse
     dbias = dy.sum(axes, keepdims=True)
     dscale = (dy * normal).sum(axes, keepdims=True)
+    if pool is not None:
+        dy = jax.vjp(lambda a: _pool_groups(a, pool), x)[1](dy.astype(x.dtype))[0].astype(jnp.float32)
+        normal = (x.astype(jnp.float32) - mean) * inverse
     rows = x.size // (x.shape[0] * x.shape[-1])
     dx = (inverse * scale) * (dy - dbias / rows - normal * (dscale / rows))
     whole = tuple(range(x.ndim - 1))
@@ -272,12 +331,20 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
         return scale, bias, mean, var
 
-    def __call__(self, x: Array, train: bool, *, relu: bool = False) -> Array:
-        return normalize_together([self], [x.shape[-1]], x, train, relu)
+    def __call__(self, x: Array, train: bool, *, relu: bool = False, pool: tuple[int, int] | None = None) -> Array:
+        """x [n, ..., c] normalised; then, if asked, ReLU and a maximum over pool's (window, stride)."""
+        early = pool if train and not self.use_scale else None
+        y = normalize_together([self], [x.shape[-1]], x, train, relu, early)
+        return max_pool(y, *pool) if pool is not None and early is None else y
 
 
-def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool, relu: bool = False) -> Array:
-    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x. ReLU if asked."""
+def normalize_together(
+    norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool, relu: bool = False, pool: tuple[int, int] | None = None
+) -> Array:
+    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x.
+
+    relu, pool: as `normalize_batch` has them.
+    """
     first = norms[0]
     parts = [norm.variables_of(n) for norm, n in zip(norms, features, strict=True)]
     scale, bias = jnp.concatenate([part[0] for part in parts]), jnp.concatenate([part[1] for part in parts])
@@ -290,7 +357,7 @@ def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: A
     if x.shape[0] % first.groups:
         raise BadInput(f"a batch of {x.shape[0]} images does not divide into {first.groups} BatchNorm groups: set model.bn_groups")
     grouped = x.reshape(first.groups, x.shape[0] // first.groups, *x.shape[1:])
-    y, mean, var = normalize_batch(grouped, scale, bias, mean, first.epsilon, relu)
+    y, mean, var = normalize_batch(grouped, scale, bias, mean, first.epsilon, relu, pool)
     if not first.is_initializing():
         axes = tuple(range(grouped.ndim - 1))
         keep, start = first.momentum, 0
@@ -299,13 +366,16 @@ def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: A
             running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(axes)[run]
             running_var.value = keep * running_var.value + (1 - keep) * var.mean(axes)[run]
             start += n
-    return y.reshape(x.shape)
+    return y.reshape(x.shape[0], *y.shape[2:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def max_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> Array:
     """Maximum over window x window; of equals the first, row by row, has the gradient."""
-    return nn.max_pool(x, (window, window), (stride, stride), padding)
+    by_xla = lambda a: nn.max_pool(a, (window, window), (stride, stride), padding)
+    pads = explicit_padding(x.shape[1:3], (window, window), stride, padding)
+    on_cpu = lambda a: reduce(jnp.maximum, _places_of_windows(a, (window, window), stride, pads, -jnp.inf))
+    return lax.platform_dependent(x, cpu=on_cpu, default=by_xla)
 
 
 def _max_pool_forward(x: Array, window: int, stride: int, padding: Padding) -> tuple[Array, Array]:
@@ -329,18 +399,11 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
     XLA's CPU backend scatters instead, over four arrays of indices as large as x.
     """
     pads = explicit_padding(x.shape[1:3], (window, window), stride, padding)
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    views = {
-        (i, j): padded[:, i : i + stride * (dy.shape[1] - 1) + 1 : stride, j : j + stride * (dy.shape[2] - 1) + 1 : stride]
-        for i in range(window)
-        for j in range(window)
-    }
-    best, taken = views[0, 0], jnp.zeros(dy.shape, jnp.uint8)
-    for index, view in enumerate(views.values()):
-        best, taken = jnp.maximum(best, view), jnp.where(view > best, jnp.uint8(index), taken)
-    # Chosen once; the sums below would choose again for each of their terms.
-    taken = lax.optimization_barrier(taken)
-    count = [-(-side // stride) for side in padded.shape[1:3]]
+    best, *others = _places_of_windows(x, (window, window), stride, pads, -jnp.inf)
+    taken = jnp.zeros(dy.shape, jnp.uint8)
+    for index, values in enumerate(others, 1):
+        best, taken = jnp.maximum(best, values), jnp.where(values > best, jnp.uint8(index), taken)
+    count = [-(-(side + sum(pad)) // stride) for side, pad in zip(x.shape[1:3], pads)]
 
     def phase(a: int, b: int) -> Array:
         total = jnp.zeros((dy.shape[0], *count, dy.shape[3]), dy.dtype)

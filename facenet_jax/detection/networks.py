@@ -6,9 +6,8 @@ The published weights were trained on transposed images; `weights.mtcnn` turns t
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from facenet_jax.layers import Conv, Dense, max_pool, precision_for
+from facenet_jax.layers import Conv, Dense, conv2d, max_pool
 
 Array = jax.Array
 
@@ -38,9 +37,7 @@ class _ConvPool(nn.Module):
         slope = self.param("slope", nn.initializers.constant(0.25), (self.features,), jnp.float32)
         places = [(i, j) for i in (0, 1) for j in (0, 1)]
         packed = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in places], -1)
-        y = lax.conv_general_dilated(
-            x, packed, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision_for(x.dtype)
-        )
+        y = conv2d(x, packed, 2, "VALID")
         y = y.reshape(*y.shape[:3], 4, self.features) + bias
         y = jnp.where(y > 0, y, y * slope)
         # A pool at the edge of an odd map holds places beyond it.

@@ -86,40 +86,49 @@ def _boundaries(size: Array, out: int, corner: Array, limit: int) -> tuple[Array
     return whole, place - whole
 
 
-@partial(jax.vmap, in_axes=(None, None, 0, 0, None))
 def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
     """Boxes of photographs, resized: photographs uint8 [b, h, w, 3], corners of `running_sums`, owner [n], box [n, 4] int -> [n, side, side, 3] float32.
 
     Boxes have both corners inside and count from 1; what lies outside the photograph is black.
     """
+    one = lambda pair: _crop(photographs, corners, *pair, side)
+    # A CPU takes them one by one, each by one of two ways of resampling; an accelerator all together, by both.
+    return lax.map(one, (owner, box)) if jax.default_backend() == "cpu" else jax.vmap(one)((owner, box))
+
+
+def _crop(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
     height, width = photographs.shape[1:3]
     size = jnp.maximum(jnp.stack([box[3] - box[1] + 1, box[2] - box[0] + 1]), 1)
     shrinks = (size >= side).all()
     corner = jnp.stack([box[1] - 1, box[0] - 1])
-    # The sum down to a boundary between pixels is that to the pixel's edge, and parts of the next row, the next column and the next pixel. Differences are
-    # taken of the whole sums, as integers, before parts are multiplied in.
-    (y, part_y), (x, part_x) = (_boundaries(size[axis], side, corner[axis], limit) for axis, limit in ((0, height), (1, width)))
-    at = lambda i, j: corners[owner, (y + i)[:, None], (x + j)[None]]
-    here, right, below, both = at(0, 0), at(0, 1), at(1, 0), at(1, 1)
-    part_y, part_x = part_y[:, None, None], part_x[None, :, None]
-    down, across = partial(jnp.diff, axis=0), partial(jnp.diff, axis=1)
-    total = down(across(here)) + across(part_x * down(right - here)) + down(part_y * across(below - here))
-    total += down(across(part_y * part_x * (both - right - below + here)))
-    mean = total / ((size[0] / side) * (size[1] / side))
 
-    def neighbours(axis: int) -> tuple[Array, Array]:
-        start, _ = intervals(size[axis], side, side, jnp.asarray(False))
-        whole = start.astype(jnp.int32)
-        return whole + corner[axis], start - whole
+    def mean() -> Array:
+        # The sum down to a boundary between pixels is that to the pixel's edge, and parts of the next row, the next column and the next pixel.
+        # Differences are taken of the whole sums, as integers, before parts are multiplied in.
+        (y, part_y), (x, part_x) = (_boundaries(size[axis], side, corner[axis], limit) for axis, limit in ((0, height), (1, width)))
+        at = lambda i, j: corners[owner, (y + i)[:, None], (x + j)[None]]
+        here, right, below, both = at(0, 0), at(0, 1), at(1, 0), at(1, 1)
+        part_y, part_x = part_y[:, None, None], part_x[None, :, None]
+        down, across = partial(jnp.diff, axis=0), partial(jnp.diff, axis=1)
+        total = down(across(here)) + across(part_x * down(right - here)) + down(part_y * across(below - here))
+        total += down(across(part_y * part_x * (both - right - below + here)))
+        return total / ((size[0] / side) * (size[1] / side))
 
-    (top, part_y), (left, part_x) = neighbours(0), neighbours(1)
+    def between() -> Array:
+        def neighbours(axis: int) -> tuple[Array, Array]:
+            start, _ = intervals(size[axis], side, side, jnp.asarray(False))
+            whole = start.astype(jnp.int32)
+            return whole + corner[axis], start - whole
 
-    def pixel(i: int, j: int) -> Array:
-        row, column = top + i, left + j
-        inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None]
-        values = photographs[owner, jnp.clip(row, 0, height - 1)[:, None], jnp.clip(column, 0, width - 1)[None]]
-        return jnp.where(inside[..., None], values, 0).astype(jnp.float32)
+        (top, part_y), (left, part_x) = neighbours(0), neighbours(1)
 
-    row = lambda i: pixel(i, 0) * (1 - part_x)[None, :, None] + pixel(i, 1) * part_x[None, :, None]
-    between = row(0) * (1 - part_y)[:, None, None] + row(1) * part_y[:, None, None]
-    return jnp.where(shrinks, mean, between)
+        def pixel(i: int, j: int) -> Array:
+            row, column = top + i, left + j
+            inside = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None]
+            values = photographs[owner, jnp.clip(row, 0, height - 1)[:, None], jnp.clip(column, 0, width - 1)[None]]
+            return jnp.where(inside[..., None], values, 0).astype(jnp.float32)
+
+        row = lambda i: pixel(i, 0) * (1 - part_x)[None, :, None] + pixel(i, 1) * part_x[None, :, None]
+        return row(0) * (1 - part_y)[:, None, None] + row(1) * part_y[:, None, None]
+
+    return lax.cond(shrinks, mean, between)

@@ -1,5 +1,6 @@
 """Blocks against plain references: values, gradients, statistics."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +34,17 @@ SHAPES = [
     ((7, 1), 1, "SAME"),
     ((7, 7), 2, ((3, 3), (3, 3))),
     ((5, 3), 2, ((2, 1), (0, 2))),
+    ((2, 3), 3, "VALID"),
 ]
 
 
+# Few channels and many take different ways.
+@pytest.mark.parametrize("channels", [3, 6])
 @pytest.mark.parametrize(("window", "stride", "padding"), SHAPES)
-def test_convolution_and_its_gradients(window, stride, padding):
+def test_convolution_and_its_gradients(window, stride, padding, channels):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, 9, 8, 3)).astype(np.float32)
-    kernel = rng.normal(size=(*window, 3, 5)).astype(np.float32)
+    x = rng.normal(size=(4, 9, 8, channels)).astype(np.float32)
+    kernel = rng.normal(size=(*window, channels, 5)).astype(np.float32)
     pads = layers.explicit_padding((9, 8), window, stride, padding)
     expected = conv_loops(x, kernel, stride, pads)
     out, pull = jax.vjp(lambda a, k: layers.conv2d(a, k, stride, padding), jnp.asarray(x), jnp.asarray(kernel))
@@ -91,10 +95,28 @@ def test_normalize_batch_equals_derived_gradient(guess, relu):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_maximum_taken_before_normalising_is_the_one_after(groups):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(1, 2, (groups, 4 // groups, 7, 8, 3)), jnp.float32)
+    bias, near = jnp.asarray(rng.normal(size=3), jnp.float32), jnp.ones(3)
+
+    def after(x, bias):
+        y = layers.normalize_batch(x, jnp.ones(3), bias, near, 1e-3, True)[0]
+        return layers.max_pool(y.reshape(4, 7, 8, 3), 3, 2)
+
+    before = lambda x, bias: layers.normalize_batch(x, jnp.ones(3), bias, near, 1e-3, True, (3, 2))[0].reshape(4, 3, 3, 3)
+    (found, pull), (expected, expected_pull) = jax.vjp(before, x, bias), jax.vjp(after, x, bias)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    dy = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
+    for a, b in zip(pull(dy), expected_pull(dy), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_variance_keeps_its_digits_where_the_running_mean_is_near():
     x = jnp.asarray(np.random.default_rng(0).normal(1000, 0.1, (64, 3)), jnp.float32)
     _, mean, var = layers.normalize_batch(x[None], jnp.ones(3), jnp.zeros(3), jnp.full(3, 999.9), 1e-3)
-    np.testing.assert_allclose(mean[0, 0], x.astype(np.float64).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(mean[0, 0], np.asarray(x, np.float64).mean(0), rtol=1e-6)
     np.testing.assert_allclose(var[0, 0], np.asarray(x, np.float64).var(0), rtol=1e-3)
 
 
@@ -117,6 +139,33 @@ def test_batch_norm_groups_must_divide():
     module = layers.BatchNorm(groups=4)
     with pytest.raises(BadInput, match=r"6 images .* 4 BatchNorm groups"):
         module.apply(module.init(jax.random.key(0), x, False), x, True, mutable=["batch_stats"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+    padding=st.sampled_from(["SAME", "VALID", ((0, 1), (1, 0))]),
+)
+def test_maximum_and_its_gradient_are_xlas(window, stride, size, padding):
+    if not isinstance(padding, str) and window == 1:
+        padding = "VALID"
+    # Whole numbers after ReLU: many are equal.
+    x = jnp.asarray(np.random.default_rng(window).integers(-4, 4, (2, *size, 3)).clip(0), jnp.float32)
+    expected, expected_pull = jax.vjp(lambda a: nn.max_pool(a, (window, window), (stride, stride), padding), x)
+    found, pull = jax.vjp(lambda a: layers.max_pool(a, window, stride, padding), x)
+    np.testing.assert_array_equal(found, expected)
+    dy = jnp.asarray(np.random.default_rng(0).normal(size=found.shape), jnp.float32)
+    np.testing.assert_allclose(pull(dy)[0], expected_pull(dy)[0], atol=1e-5)
+
+
+def test_add_relu_is_relu_of_the_sum():
+    x, y, dy = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    found, pull = jax.vjp(layers.add_relu, x, y)
+    np.testing.assert_array_equal(found, np.maximum(x + y, 0))
+    for gradient in pull(dy):
+        np.testing.assert_array_equal(gradient, np.where(x + y > 0, dy, 0))
 
 
 def test_pools_and_response_norm():
