@@ -91,7 +91,7 @@ def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: in
 
     Boxes have both corners inside and count from 1; what lies outside the photograph is black.
     """
-    one = lambda pair: _crop(photographs, corners, *pair, side)
+    one = lambda pair: _crop(photographs, corners, pair[0], pair[1], side)
     # A CPU takes them one by one, each by one of two ways of resampling; an accelerator all together, by both.
     return lax.map(one, (owner, box)) if jax.default_backend() == "cpu" else jax.vmap(one)((owner, box))
 
