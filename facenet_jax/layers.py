@@ -1,4 +1,4 @@
-"""Blocks the networks share: convolution, dense, BatchNorm, pooling, local response normalisation.
+"""Blocks the networks share: convolutional and dense layers, BatchNorm, pooling, local response normalisation.
 
 Activations are NHWC. Kernels are HWIO. Parameters are float32 whatever the compute dtype.
 """
@@ -12,189 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from facenet_jax.convolution import Padding, conv2d, explicit_padding, interleave, places_of_windows, precision_for
 from facenet_jax.errors import BadInput
 
 Array = jax.Array
-Padding = str | tuple[tuple[int, int], tuple[int, int]]
-
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Patches of about this many floats fit a CPU core's cache while their weight gradient is one matrix product.
-_PATCH_FLOATS = 1 << 20
-
-
-def precision_for(dtype: Any) -> lax.Precision | None:
-    """float32 means float32: no TF32 or bfloat16 passes behind the user's back."""
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-
-
-def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int = 1) -> Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=_DIMENSIONS,
-        feature_group_count=groups,
-        precision=precision_for(x.dtype),
-    )
-
-
-def explicit_padding(size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: Padding) -> list[tuple[int, ...]]:
-    """(low, high) padding of height and width for "SAME", "VALID" or explicit pairs."""
-    if not isinstance(padding, str):
-        return [tuple(pair) for pair in padding]
-    return [tuple(pair) for pair in lax.padtype_to_pads(size, window, (stride, stride), padding)]
-
-
-def _places_of_windows(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]], fill: float = 0) -> list[Array]:
-    """The first, second, ... place, row by row, of all windows of x [n, h, w, c]: each [n, out_h, out_w, c]."""
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
-    out = [(padded.shape[1 + a] - window[a]) // stride + 1 for a in (0, 1)]
-    return [
-        padded[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-
-
-def _patches(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]) -> Array:
-    """[n, h, w, c] -> [n * out_h * out_w, window * c], rows in the order of a reshaped HWIO kernel."""
-    return jnp.concatenate(_places_of_windows(x, window, stride, pads), -1).reshape(-1, window[0] * window[1] * x.shape[-1])
-
-
-def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], stride: int, padding: Padding) -> Array:
-    """Gradient of a convolution's kernel as matrix products over cache-sized groups of images.
-
-    XLA's CPU backend runs this gradient as a convolution with an image-sized window, 2 to 10 times slower.
-    """
-    window = shape[:2]
-    pads = explicit_padding(x.shape[1:3], window, stride, padding)
-    floats_per_image = dy.shape[1] * dy.shape[2] * window[0] * window[1] * x.shape[-1]
-    count = x.shape[0]
-    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or (c < count and c * floats_per_image <= _PATCH_FLOATS)))
-
-    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        images, gradients = pair
-        columns = _patches(images, window, stride, pads)
-        rows = gradients.reshape(-1, gradients.shape[-1])
-        product = lax.dot_general(columns, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return total + product, None
-
-    split = lambda a: a.reshape(count // chunk, chunk, *a.shape[1:])
-    zero = jnp.zeros((window[0] * window[1] * x.shape[-1], dy.shape[-1]), jnp.float32)
-    total, _ = lax.scan(add, zero, (split(x), split(dy)))
-    return total.reshape(shape).astype(x.dtype)
-
-
-def _pairs(x: Array) -> Array:
-    """[n, 2h, 2w, c] -> [n, h, w, 4c]: two by two pixels as one."""
-    n, h, w, c = x.shape
-    return x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h // 2, w // 2, 4 * c)
-
-
-def _convolve_image(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """A convolution, of stride 1 or 2, of an image with few channels as one of stride 1 with four times as many: two by two pixels are one.
-
-    Three channels leave most of a CPU's vector units idle; of stride 1, all four places of two by two are made at once, as channels.
-    """
-    window, features = kernel.shape[:2], kernel.shape[3]
-    pads = explicit_padding(x.shape[1:3], window, stride, padding)
-    out = [(x.shape[1 + a] + sum(pads[a]) - window[a]) // stride + 1 for a in (0, 1)]
-    places = 2 // stride
-    count, size = [-(-n // places) for n in out], [-(-(k + places - 1) // 2) for k in window]
-    # What is missing to whole pairs; more where the last of a pair is not asked for, less where the stride leaves pixels over.
-    ends = [2 * (count[a] + size[a] - 1) - pads[a][0] - x.shape[1 + a] for a in (0, 1)]
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (pads[0][0], ends[0], 0), (pads[1][0], ends[1], 0), (0, 0, 0)])
-    shifted = [
-        jnp.pad(kernel, ((i, 2 * size[0] - window[0] - i), (j, 2 * size[1] - window[1] - j), (0, 0), (0, 0)))
-        for i in range(places)
-        for j in range(places)
-    ]
-    packed = _pairs(jnp.concatenate(shifted, -1).transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
-    y = _convolve(_pairs(padded), packed, 1, "VALID")
-    phases = y.reshape(*y.shape[:3], places, places, features)
-    y = _interleave([[phases[:, :, :, i, j] for j in range(places)] for i in range(places)])
-    return y[:, : out[0], : out[1]]
-
-
-def _interleave(phases: Sequence[Sequence[Array]]) -> Array:
-    """[a][b] of [n, h, w, c] -> [n, rows * h, columns * w, c]: phase (a, b) holds the places a, a + rows, ... by b, b + columns, ..."""
-    together = jnp.stack([jnp.stack(row, 3) for row in phases], 2)
-    n, h, rows, w, columns, c = together.shape
-    return together.reshape(n, h * rows, w * columns, c)
-
-
-def _image_gradient_by_phases(dy: Array, kernel: Array, size: tuple[int, ...], stride: int, padding: Padding) -> Array:
-    """Gradient of a strided convolution's image as a convolution for each phase of the stride, with that phase's part of the kernel.
-
-    XLA's CPU backend puts zeros between the places of dy instead and multiplies them all, stride^2 times the work.
-    """
-    window = kernel.shape[:2]
-    pads = explicit_padding(size, window, stride, padding)
-    padded = [side + sum(pad) for side, pad in zip(size, pads)]
-    count = [-(-side // stride) for side in padded]
-
-    def phase(a: int, b: int) -> Array:
-        part = jnp.flip(kernel[a::stride, b::stride], (0, 1)).swapaxes(2, 3)
-        if 0 in part.shape:
-            return jnp.zeros((dy.shape[0], *count, kernel.shape[2]), dy.dtype)
-        rows, columns = ((part.shape[axis] - 1, count[axis] - dy.shape[1 + axis]) for axis in (0, 1))
-        if part.shape[:2] == (1, 1):
-            return jnp.pad(_product(dy, part), ((0, 0), rows, columns, (0, 0)))
-        return _convolve(dy, part, 1, (rows, columns))
-
-    dx = _interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
-    (top, _), (left, _) = pads
-    return dx[:, top : top + size[0], left : left + size[1]]
-
-
-def _is_product(kernel: Array, stride: int, padding: Padding) -> bool:
-    return kernel.shape[:2] == (1, 1) and stride == 1 and (isinstance(padding, str) or not any(map(any, padding)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d].
-
-    On a CPU 1x1 kernels run as a matrix product (a TPU would flatten x for it, which is another layout there), images as `_convolve_image` says.
-    """
-    convolution = lambda a, k: _convolve(a, k, stride, padding)
-    if _is_product(kernel, stride, padding):
-        return lax.platform_dependent(x, kernel, cpu=_product, default=convolution)
-    if x.shape[-1] <= 4 and stride <= 2:
-        image = lambda a, k: _convolve_image(a, k, stride, padding)
-        return lax.platform_dependent(x, kernel, cpu=image, default=convolution)
-    return convolution(x, kernel)
-
-
-def _product(x: Array, kernel: Array) -> Array:
-    return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=precision_for(x.dtype))
-
-
-def _conv2d_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return conv2d(x, kernel, stride, padding), (x, kernel)
-
-
-def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-
-    def image_by_xla(b: Array, k: Array) -> Array:
-        return jax.vjp(lambda a: _convolve(a, k, stride, padding), x)[1](b)[0]
-
-    def kernel_by_xla(a: Array, b: Array) -> Array:
-        return jax.vjp(lambda k: _convolve(a, k, stride, padding), kernel)[1](b)[0]
-
-    image_on_cpu = image_by_xla
-    if _is_product(kernel, stride, padding):
-        image_on_cpu = lambda b, k: _product(b, k.swapaxes(2, 3))
-    elif stride > 1:
-        image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
-    kernel_on_cpu = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
-    dx = lax.platform_dependent(dy, kernel, cpu=image_on_cpu, default=image_by_xla)
-    return dx, lax.platform_dependent(x, dy, cpu=kernel_on_cpu, default=kernel_by_xla)
-
-
-conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
 class Conv(nn.Module):
@@ -374,7 +195,7 @@ def max_pool(x: Array, window: int, stride: int, padding: Padding = "VALID") -> 
     """Maximum over window x window; of equals the first, row by row, has the gradient."""
     by_xla = lambda a: nn.max_pool(a, (window, window), (stride, stride), padding)
     pads = explicit_padding(x.shape[1:3], (window, window), stride, padding)
-    on_cpu = lambda a: reduce(jnp.maximum, _places_of_windows(a, (window, window), stride, pads, -jnp.inf))
+    on_cpu = lambda a: reduce(jnp.maximum, places_of_windows(a, (window, window), stride, pads, -jnp.inf))
     return lax.platform_dependent(x, cpu=on_cpu, default=by_xla)
 
 
@@ -399,7 +220,7 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
     XLA's CPU backend scatters instead, over four arrays of indices as large as x.
     """
     pads = explicit_padding(x.shape[1:3], (window, window), stride, padding)
-    best, *others = _places_of_windows(x, (window, window), stride, pads, -jnp.inf)
+    best, *others = places_of_windows(x, (window, window), stride, pads, -jnp.inf)
     taken = jnp.zeros(dy.shape, jnp.uint8)
     for index, values in enumerate(others, 1):
         best, taken = jnp.maximum(best, values), jnp.where(values > best, jnp.uint8(index), taken)
@@ -415,7 +236,7 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
                 total += jnp.pad(given, ((0, 0), *around, (0, 0)))
         return total
 
-    dx = _interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
+    dx = interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
     (top, _), (left, _) = pads
     return dx[:, top : top + x.shape[1], left : left + x.shape[2]]
 

@@ -220,7 +220,7 @@ def ceilings(dtype: str, peer: bool, repeats: int, side: int = 0, megabytes: int
     import jax
     import jax.numpy as jnp
 
-    from facenet_jax.layers import precision_for
+    from facenet_jax.convolution import precision_for
 
     gpu = jax.default_backend() != "cpu"
     side, megabytes = side or (8192 if gpu else 2048), megabytes or (2048 if gpu else 256)

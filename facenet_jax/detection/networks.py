@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from facenet_jax.layers import Conv, Dense, conv2d, max_pool
+from facenet_jax.convolution import conv2d
+from facenet_jax.layers import Conv, Dense, max_pool
 
 Array = jax.Array
 

@@ -11,8 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from facenet_jax.convolution import conv2d
 from facenet_jax.errors import BadInput
-from facenet_jax.layers import conv2d, l2_normalize, l2_pool, local_response_norm, max_pool
+from facenet_jax.layers import l2_normalize, l2_pool, local_response_norm, max_pool
 
 onnx = pytest.importorskip("onnx", reason="writes ONNX: requirements-onnx.txt")
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs ONNX: requirements-onnx.txt")
