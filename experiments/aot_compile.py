@@ -23,7 +23,15 @@ from facenet_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
 # None with micro-batches: nearly all of the work is then in loops.
-_LOOPED = ("flops_per_chip", "hbm_bytes_per_chip", "bytes_per_image", "collectives", "roofline", "predicted_images_per_s")
+_LOOPED = (
+    "flops_per_chip",
+    "hbm_bytes_per_chip",
+    "hbm_only_bytes_per_chip",
+    "bytes_per_image",
+    "collectives",
+    "roofline",
+    "predicted_images_per_s",
+)
 
 
 def topology_devices(topology: str) -> list[Any]:
@@ -117,6 +125,7 @@ def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes
         "global_batch": rows,
         "flops_per_chip": cost["flops"] * chip.devices,
         "hbm_bytes_per_chip": cost["bytes accessed"] * chip.devices,
+        "hbm_only_bytes_per_chip": roofline.hbm_bytes(text) * chip.devices,
         "peak_hbm_bytes": peak * chip.devices,
         "collectives": operations,
         "roofline": limits.to_json(),

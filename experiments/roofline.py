@@ -29,6 +29,7 @@ CHIPS = {
 }
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "custom-call", "while", "conditional")
 _OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -93,6 +94,36 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
         entry[0] += size
         entry[1] += 1
     return [{"op": name, "bytes": size, "count": count} for name, (size, count) in sorted(found.items())]
+
+
+def _in_hbm(shapes: str) -> int:
+    """Bytes of the shapes that lie in HBM: a TPU's layouts mark other memories, as in {1,0:T(8,128)S(1)}."""
+    found = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shapes)
+    return sum(_size(shape) for shape in found if "S(" not in shape)
+
+
+def hbm_bytes(hlo: str) -> int:
+    """Bytes that a compiled program of a TPU reads from its HBM and writes there: what an operation takes from it and leaves in it, and copies to and from
+    on-chip memory. Loops and conditionals are left out. XLA's own "bytes accessed" counts traffic within the chip too."""
+    total, sizes = 0, dict[str, int]()
+    for line in hlo[hlo.index("\nENTRY ") :].splitlines():
+        match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)", line)
+        if not match:
+            continue
+        name, shapes, operation, rest = match.groups()
+        sizes[name] = _in_hbm(shapes)
+        if operation in _MOVES_NOTHING or operation.endswith("-done"):
+            continue
+        if operation == "copy-start":
+            # (to, from, context)
+            total += sum(map(_in_hbm, _elements(shapes)[:2]))
+        elif operation == "slice-start":
+            # ((from), to, context): as much is read as is written, each here or there.
+            source, target = _elements(shapes)[:2]
+            total += _size(target) * ((_in_hbm(source) > 0) + (_in_hbm(target) > 0))
+        else:
+            total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%[\w.\-]+", rest.split("), ")[0]))
+    return total
 
 
 def network_bytes(operations: list[dict[str, Any]], devices: int) -> float:

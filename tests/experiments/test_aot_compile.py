@@ -56,6 +56,32 @@ def texts(devices):
 BYTES = {"all-gather": 1024, "all-reduce": 256, "reduce-scatter": 1024, "all-to-all": 256, "collective-permute": 256}
 
 
+# Arrays marked S(1) lie on the chip.
+MEMORIES = """
+HloModule jit_step
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p)
+}
+
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0:T(128)} parameter(0)
+  %near = f32[100]{0:T(128)S(1)} fusion(%x), kind=kLoop, calls=%body, metadata={op_name="a"}
+  %copy-start = (f32[50]{0:T(128)}, f32[50]{0:T(128)S(1)}, u32[]{:S(2)}) copy-start(%near)
+  %copy-done = f32[50]{0:T(128)} copy-done(%copy-start)
+  %slice-start.1 = ((f32[100]{0:T(128)}), f32[10]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:10]}
+  %slice-done.1 = f32[10]{0:T(128)S(1)} slice-done(%slice-start.1)
+  %on.chip = (bf16[4,5]{1,0:T(8,128)(2,1)S(1)}, f32[]{:T(128)}) fusion(%near, %slice-done.1), kind=kOutput, calls=%body
+  ROOT %y = f32[100]{0:T(128)} add(%near, %copy-done)
+}
+"""
+
+
+def test_only_what_lies_in_hbm_counts_as_its_traffic():
+    # The first fusion reads 400 bytes; the copy writes 200; the slice reads 40; the second fusion leaves 4; the last sum reads 200, writes 400.
+    assert roofline.hbm_bytes(MEMORIES) == 400 + 200 + 40 + 4 + 600
+
+
 def test_collectives_are_counted_once_with_their_bytes():
     found = {entry["op"]: (entry["bytes"], entry["count"]) for entry in roofline.collectives(HLO)}
     assert found == {
