@@ -18,7 +18,7 @@ def options(platform: str = "") -> dict[str, Any]:
     if (platform or jax.default_backend()) != "cpu" or _YNNPACK in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:
-        with jax.default_device(jax.devices("cpu")[0]):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
             jax.jit(lambda: 0, compiler_options=_CPU).lower().compile()
     except jax.errors.JaxRuntimeError:  # A jaxlib that does not know the option.
         return {}
