@@ -104,7 +104,7 @@ def _in_hbm(shapes: str) -> int:
 
 def hbm_bytes(hlo: str) -> int:
     """Bytes that a compiled program of a TPU reads from its HBM and writes there: what an operation takes from it and leaves in it, and copies to and from
-    on-chip memory. Loops and conditionals are left out. XLA's own "bytes accessed" counts traffic within the chip too."""
+    on-chip memory. Loops, conditionals and custom calls are left out. XLA's own "bytes accessed" counts traffic within the chip too."""
     total, sizes = 0, dict[str, int]()
     for line in hlo[hlo.index("\nENTRY ") :].splitlines():
         match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)", line)
@@ -114,8 +114,8 @@ def hbm_bytes(hlo: str) -> int:
         sizes[name] = _in_hbm(shapes)
         if operation in _MOVES_NOTHING or operation.endswith("-done"):
             continue
-        if operation == "copy-start":
-            # (to, from, context)
+        if operation.endswith("-start") and operation not in ("slice-start", "all-reduce-start"):
+            # Copies: (to, from, ...); other operations: (operands, results, ...).
             total += sum(map(_in_hbm, _elements(shapes)[:2]))
         elif operation == "slice-start":
             # ((from), to, context): as much is read as is written, each here or there.

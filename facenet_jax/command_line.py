@@ -51,9 +51,10 @@ def run(main: Callable[[list[str]], Any], positional: bool = False, define_flags
 
 
 def _told(error: Exception) -> str:
-    """A ConfigDict names an unknown key by the key alone."""
+    """A ConfigDict names an unknown key of a --config.key by the key alone."""
     word = str(error).strip("'\"")
-    return f"the config has no setting {word!r}" if isinstance(error, KeyError | AttributeError) and word.isidentifier() else str(error)
+    typed = any(argument.split("=")[0].startswith("--config.") and word in argument.split("=")[0].split(".") for argument in sys.argv)
+    return f"the config has no setting {word!r}" if isinstance(error, KeyError | AttributeError) and typed else str(error)
 
 
 def fail(message: str) -> int:

@@ -1,4 +1,4 @@
-"""What a backend's compiler is told: the options every jitted program of the project is compiled with."""
+"""What a backend's compiler is told: the options that the train step, embedding and detection are compiled with."""
 
 import os
 from functools import lru_cache
@@ -14,7 +14,8 @@ _CPU = {_YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 @lru_cache
 def options(platform: str = "") -> dict[str, Any]:
-    """`compiler_options` of `jax.jit` for a platform ("cpu", "gpu", "tpu"; JAX's own choice where it is empty). What XLA_FLAGS says goes before."""
+    """`compiler_options` of `jax.jit` for a platform ("cpu", "gpu", "tpu"; JAX's own choice where it is empty). What XLA_FLAGS says goes before. A program with options
+    cannot be called inside another."""
     if (platform or jax.default_backend()) != "cpu" or _YNNPACK in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:

@@ -65,6 +65,7 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     pads = explicit_padding(x.shape[1:3], window, stride, padding)
     floats_per_image = dy.shape[1] * dy.shape[2] * window[0] * window[1] * x.shape[-1]
     count = x.shape[0]
+    # Two turns at least: a loop of one is unrolled, and what makes x fused into the transposed copy that its product then wants.
     chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or (c < count and c * floats_per_image <= _PATCH_FLOATS)))
 
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
@@ -80,7 +81,7 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     return total.reshape(shape).astype(x.dtype)
 
 
-def _pairs(x: Array) -> Array:
+def _squares(x: Array) -> Array:
     """[n, 2h, 2w, c] -> [n, h, w, 4c]: two by two pixels as one."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h // 2, w // 2, 4 * c)
@@ -96,7 +97,7 @@ def _convolve_image(x: Array, kernel: Array, stride: int, padding: Padding) -> A
     out = [(x.shape[1 + a] + sum(pads[a]) - window[a]) // stride + 1 for a in (0, 1)]
     places = 2 // stride
     count, size = [-(-n // places) for n in out], [-(-(k + places - 1) // 2) for k in window]
-    # What is missing to whole pairs; more where the last of a pair is not asked for, less where the stride leaves pixels over.
+    # What is missing to whole squares; more where a square's last places are not asked for, less where the stride leaves pixels over.
     ends = [2 * (count[a] + size[a] - 1) - pads[a][0] - x.shape[1 + a] for a in (0, 1)]
     padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (pads[0][0], ends[0], 0), (pads[1][0], ends[1], 0), (0, 0, 0)])
     shifted = [
@@ -104,8 +105,8 @@ def _convolve_image(x: Array, kernel: Array, stride: int, padding: Padding) -> A
         for i in range(places)
         for j in range(places)
     ]
-    packed = _pairs(jnp.concatenate(shifted, -1).transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
-    y = convolve(_pairs(padded), packed, 1, "VALID")
+    packed = _squares(jnp.concatenate(shifted, -1).transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
+    y = convolve(_squares(padded), packed, 1, "VALID")
     phases = y.reshape(*y.shape[:3], places, places, features)
     y = interleave([[phases[:, :, :, i, j] for j in range(places)] for i in range(places)])
     return y[:, : out[0], : out[1]]

@@ -75,9 +75,10 @@ def normalize_batch(
     """Normalises each group of x [groups, rows, ..., c] by its own statistics: (y, mean [groups, 1, ..., c], biased variance), y after ReLU if asked.
 
     pool, (window, stride) of a maximum of y over height and width: taken of x, the statistics being those of all of x. The same where scale is
-    positive, and what is normalised, kept and read again is a quarter.
+    positive, and a quarter is normalised.
 
-    `near` [c], a guess of the mean, is taken off before squares are summed, so that one pass over x gives both sums without losing digits. The
+    `near` [c], a guess of the mean, is taken off before squares are summed, so that one pass over x gives both sums; where the guess is good, no digits
+    are lost. The
     gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector instructions; ReLU's is made
     again from x, where the derived one would keep a mask. Gradients do not flow through the returned statistics. Sums are in float32. x keeps its
     axes: flattened, a TPU would have to bring it into another layout and back.
@@ -164,7 +165,7 @@ def normalize_together(
 ) -> Array:
     """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x.
 
-    relu, pool: as `normalize_batch` has them.
+    relu, pool: as `normalize_batch` has them; pool in training only.
     """
     first = norms[0]
     parts = [norm.variables_of(n) for norm, n in zip(norms, features, strict=True)]
@@ -245,7 +246,7 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
 def add_relu(x: Array, y: Array) -> Array:
     """relu(x + y), the end of a residual block.
 
-    Written as max(x, -y) + y, the same number: XLA's CPU backend makes what looks like a function of one array again for each of its readers, and
+    Written as max(x, -y) + y, the same number where y is finite: XLA's CPU backend makes what looks like a function of one array again for each of its readers, and
     the sums of a chain of blocks so grow into one another, quadratically.
     """
     return jnp.maximum(x, -y) + y

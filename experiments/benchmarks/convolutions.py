@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import timing
-from facenet_jax import command_line, layers
+from facenet_jax import command_line, compiling, convolution
 
 FLAGS = flags.FLAGS
 # (side, channels in, channels out, kernel, stride, padding, how often in the network at 160x160)
@@ -60,14 +60,15 @@ def main(_: list[str]) -> None:
     """Command line."""
     timing.use_cores(FLAGS.cores)
     timing.require("torch")
+    options = compiling.options()
     random, cases = np.random.default_rng(0), []
     a = jnp.asarray(random.normal(size=(1024, 1024)), jnp.float32)
-    seconds = timing.interleaved({"ours": partial(_run, jax.jit(jnp.matmul), a, a)}, FLAGS.repeats)["ours"]
+    seconds = timing.interleaved({"ours": partial(_run, jax.jit(jnp.matmul, compiler_options=options), a, a)}, FLAGS.repeats)["ours"]
     cases.append(timing.rate("matrix product 1024 x 1024", 2 * 1024**3 / 1e9, seconds, None, "", "GFLOP/s", FLAGS.repeats))
     for side, channels, features, window, stride, padding, times in SHAPES:
         x = random.normal(size=(FLAGS.batch, side, side, channels)).astype(np.float32)
         kernel = random.normal(size=(*window, channels, features)).astype(np.float32)
-        ours = jax.jit(partial(layers.conv2d, stride=stride, padding=padding))
+        ours = jax.jit(partial(convolution.conv2d, stride=stride, padding=padding), compiler_options=options)
         on_device, peer = (jnp.asarray(x), jnp.asarray(kernel)), torch_convolution(x, kernel, stride, padding)
         y = np.asarray(ours(*on_device))
         timing.check_equal(f"{side} {channels}->{features}", y, peer().permute(0, 2, 3, 1).numpy(), 1e-5)

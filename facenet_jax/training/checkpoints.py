@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 2) -> None:
         # What orbax logs as an error it also raises, and it is said once, in our words.
         logging.getLogger("absl").addFilter(_not_orbax)
-        sys.unraisablehook = _without_late_writes
+        if not isinstance(sys.unraisablehook, _WithoutLateWrites):
+            sys.unraisablehook = _WithoutLateWrites(sys.unraisablehook)
         self._directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
@@ -115,10 +117,15 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flat.items() if hasattr(leaf, "shape")}
 
 
-def _without_late_writes(told: "sys.UnraisableHookArgs") -> None:
+@dataclass(frozen=True)
+class _WithoutLateWrites:
     """After a write that failed, the writes beside it report to an event loop that orbax has closed: a traceback each, and nothing to act on."""
-    if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(told)
+
+    before: Callable[["sys.UnraisableHookArgs"], object]
+
+    def __call__(self, told: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+            self.before(told)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

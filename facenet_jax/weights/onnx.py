@@ -188,17 +188,25 @@ def _convolution(graph: _Graph, eqn: Any, values: Sequence[Any]) -> _Value:
     if not isinstance(kernel, _Constant) or set(p["lhs_dilation"]) != {1} or p["batch_group_count"] != 1:
         raise _unsupported(eqn, "of this kind")
     lhs, rhs, out = p["dimension_numbers"]
-    (tops, bottoms) = zip(*p["padding"])
+    (tops, bottoms), window, strides = zip(*p["padding"]), [kernel.array.shape[axis] for axis in rhs[2:]], p["window_strides"]
+    if window == [1, 1] and not any(tops + bottoms) and (sliced := graph.maker(x, "Slice")):
+        x, strides = _unsliced(graph, sliced, strides)
     return graph.emit(
         "Conv",
         [graph.ordered(x, lhs), graph.ordered(kernel, rhs)],
         out,
-        kernel_shape=[kernel.array.shape[axis] for axis in rhs[2:]],
-        strides=p["window_strides"],
+        kernel_shape=window,
+        strides=strides,
         pads=[*tops, *bottoms],
         dilations=p["rhs_dilation"],
         group=p["feature_group_count"],
     )
+
+
+def _unsliced(graph: _Graph, sliced: onnx.NodeProto, strides: Sequence[int]) -> tuple[_Tensor, list[int]]:
+    """What every so many pixels were taken of, and the strides with which a 1x1 convolution takes them itself."""
+    steps = graph.arrays[sliced.input[4]].tolist()
+    return _Tensor(sliced.input[0], _MAP), [step * stride for step, stride in zip(steps, strides)]
 
 
 def _dot(graph: _Graph, eqn: Any, values: Sequence[Any]) -> _Value:
@@ -211,7 +219,7 @@ def _dot(graph: _Graph, eqn: Any, values: Sequence[Any]) -> _Value:
         return graph.emit("MatMul", [graph.ordered(x, (0, 1)), graph.ordered(matrix, (0, 1))], (0, 1))
     strides = [1, 1]
     if sliced := graph.maker(x, "Slice"):
-        x, strides = _Tensor(sliced.input[0], _MAP), graph.arrays[sliced.input[4]].tolist()
+        x, strides = _unsliced(graph, sliced, strides)
     kernel = graph.constant(matrix.array.T[:, :, None, None], matrix.path)
     return graph.emit("Conv", [graph.ordered(x, _MAP), kernel], _MAP, kernel_shape=(1, 1), strides=strides)
 

@@ -72,14 +72,17 @@ ENTRY %main (x: f32[100]) -> f32[100] {
   %slice-start.1 = ((f32[100]{0:T(128)}), f32[10]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:10]}
   %slice-done.1 = f32[10]{0:T(128)S(1)} slice-done(%slice-start.1)
   %on.chip = (bf16[4,5]{1,0:T(8,128)(2,1)S(1)}, f32[]{:T(128)}) fusion(%near, %slice-done.1), kind=kOutput, calls=%body
+  %gather-start = (f32[100]{0:T(128)}, f32[200]{0:T(128)}) all-gather-start(%x), dimensions={0}
+  %gather-done = f32[200]{0:T(128)} all-gather-done(%gather-start)
   ROOT %y = f32[100]{0:T(128)} add(%near, %copy-done)
 }
 """
 
 
 def test_only_what_lies_in_hbm_counts_as_its_traffic():
-    # The first fusion reads 400 bytes; the copy writes 200; the slice reads 40; the second fusion leaves 4; the last sum reads 200, writes 400.
-    assert roofline.hbm_bytes(MEMORIES) == 400 + 200 + 40 + 4 + 600
+    # The first fusion reads 400 bytes; the copy writes 200; the slice reads 40; the second fusion leaves 4; all are gathered, 400 into 800; the last
+    # sum reads 200, writes 400.
+    assert roofline.hbm_bytes(MEMORIES) == 400 + 200 + 40 + 4 + 1200 + 600
 
 
 def test_collectives_are_counted_once_with_their_bytes():

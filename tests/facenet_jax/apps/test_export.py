@@ -122,7 +122,7 @@ def test_every_network_in_onnx(tmp_path, name, arguments):
     onnx.checker.check_model(model, full_check=True)
     operations = collections.Counter(node.op_type for node in model.graph.node)
     # One after the images, and one before a map is flattened.
-    assert operations["Transpose"] == 1 + (name in ("small_resnet", "nn4_small2")) and operations["Slice"] == 0
+    assert operations["Transpose"] == 1 + (name in ("small_resnet", "nn4_small2")) and operations["Slice"] == operations["Neg"] == 0
 
 
 def test_stablehlo_names_its_weights_and_platforms(small, tmp_path):
