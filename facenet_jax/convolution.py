@@ -1,6 +1,6 @@
 """Convolution of NHWC maps with HWIO kernels, with the ways of computing it and its gradients that a CPU wants; XLA's own elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,8 +65,7 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     pads = explicit_padding(x.shape[1:3], window, stride, padding)
     floats_per_image = dy.shape[1] * dy.shape[2] * window[0] * window[1] * x.shape[-1]
     count = x.shape[0]
-    # Two turns at least: a loop of one is unrolled, and what makes x fused into the transposed copy that its product then wants.
-    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or (c < count and c * floats_per_image <= _PATCH_FLOATS)))
+    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or c * floats_per_image <= _PATCH_FLOATS))
 
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         images, gradients = pair
@@ -179,12 +178,15 @@ def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], 
     def kernel_by_xla(a: Array, b: Array) -> Array:
         return jax.vjp(lambda k: convolve(a, k, stride, padding), kernel)[1](b)[0]
 
-    image_on_cpu = image_by_xla
+    image_on_cpu: Callable[[Array, Array], Array] = image_by_xla
+    kernel_on_cpu: Callable[[Array, Array], Array]
     if _is_product(kernel, stride, padding):
         image_on_cpu = lambda b, k: _product(b, k.swapaxes(2, 3))
-    elif stride > 1:
-        image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
-    kernel_on_cpu = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
+        kernel_on_cpu = lambda a, b: jnp.einsum("nhwc,nhwd->cd", a, b, precision=precision_for(a.dtype))[None, None]
+    else:
+        kernel_on_cpu = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
+        if stride > 1:
+            image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
     dx = lax.platform_dependent(dy, kernel, cpu=image_on_cpu, default=image_by_xla)
     return dx, lax.platform_dependent(x, dy, cpu=kernel_on_cpu, default=kernel_by_xla)
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from facenet_jax import models
-from facenet_jax.layers import BatchNorm, Conv, Dense, max_pool
+from facenet_jax.layers import BatchNorm, Conv, Dense
 from facenet_jax.weights.portable import Weights
 
 Path = tuple[str, ...]
@@ -85,8 +85,7 @@ def apply_folded(model: nn.Module, size: int, variables: Any, images: jax.Array)
         if isinstance(module, BatchNorm) and context.method_name == "__call__" and module.path in pairs:
             bias: jax.Array = module.get_variable("params", "bias")
             y = args[0] + bias.astype(args[0].dtype)
-            y = nn.relu(y) if kwargs.get("relu") else y
-            return y if kwargs.get("pool") is None else max_pool(y, *kwargs["pool"])
+            return nn.relu(y) if kwargs.get("relu") else y
         return call(*args, **kwargs)
 
     with nn.intercept_methods(skip):

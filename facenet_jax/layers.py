@@ -68,60 +68,39 @@ class Dense(nn.Module):
         return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def normalize_batch(
-    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool = False, pool: tuple[int, int] | None = None
-) -> tuple[Array, Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def normalize_batch(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool = False) -> tuple[Array, Array, Array]:
     """Normalises each group of x [groups, rows, ..., c] by its own statistics: (y, mean [groups, 1, ..., c], biased variance), y after ReLU if asked.
 
-    pool, (window, stride) of a maximum of y over height and width: taken of x, the statistics being those of all of x. The same where scale is
-    positive, and a quarter is normalised.
-
     `near` [c], a guess of the mean, is taken off before squares are summed, so that one pass over x gives both sums; where the guess is good, no digits
-    are lost. The
-    gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector instructions; ReLU's is made
-    again from x, where the derived one would keep a mask. Gradients do not flow through the returned statistics. Sums are in float32. x keeps its
-    axes: flattened, a TPU would have to bring it into another layout and back.
+    are lost. The gradient is written out, because the derived one reads x five times and, on CPU, reduces it without vector instructions; ReLU's is made
+    again from x, where the derived one would keep a mask. Gradients do not flow through the returned statistics. Sums are in float32.
     """
-    return _normalize_batch_forward(x, scale, bias, near, epsilon, relu, pool)[0]
+    return _normalize_batch_forward(x, scale, bias, near, epsilon, relu)[0]
 
 
-def _pool_groups(x: Array, pool: tuple[int, int] | None) -> Array:
-    """Maximum over height and width of x [groups, rows, h, w, c]."""
-    if pool is None:
-        return x
-    y = max_pool(x.reshape(-1, *x.shape[2:]), *pool)
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+def _sum(x: Array) -> Array:
+    """Over all axes but the first and the last, which are kept. A CPU adds fastest along one axis; flattened, a TPU would bring x into another layout."""
+    flat = lambda a: a.reshape(a.shape[0], -1, a.shape[-1]).sum(1).reshape(a.shape[0], *[1] * (a.ndim - 2), a.shape[-1])
+    return lax.platform_dependent(x, cpu=flat, default=lambda a: a.sum(tuple(range(1, a.ndim - 1)), keepdims=True))
 
 
-def _normalize_batch_forward(
-    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool, pool: tuple[int, int] | None
-) -> tuple[Any, Any]:
-    axes = tuple(range(1, x.ndim - 1))
-    values = x.astype(jnp.float32) - near
-    away, squares = values.mean(axes, keepdims=True), jnp.square(values).mean(axes, keepdims=True)
-    mean, var = away + near, jnp.maximum(squares - jnp.square(away), 0)
+def _normalize_batch_forward(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool) -> tuple[Any, Any]:
+    values, rows = x.astype(jnp.float32) - near, x.size // (x.shape[0] * x.shape[-1])
+    mean, squares = _sum(x.astype(jnp.float32)) / rows, _sum(jnp.square(values)) / rows
+    var = jnp.maximum(squares - jnp.square(mean - near), 0)
     inverse = lax.rsqrt(var + epsilon)
-    pooled = _pool_groups(x, pool)
-    y = (pooled.astype(jnp.float32) - mean) * (inverse * scale) + bias
-    return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, pooled, mean, inverse, scale, bias)
+    y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
+    return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
 
 
-def _normalize_batch_backward(
-    epsilon: float, relu: bool, pool: tuple[int, int] | None, saved: Any, cotangents: Any
-) -> tuple[Array, Array, Array, Array]:
-    x, pooled, mean, inverse, scale, bias = saved
-    axes = tuple(range(1, x.ndim - 1))
-    dy, centred = cotangents[0].astype(jnp.float32), pooled.astype(jnp.float32) - mean
+def _normalize_batch_backward(epsilon: float, relu: bool, saved: Any, cotangents: Any) -> tuple[Array, Array, Array, Array]:
+    x, mean, inverse, scale, bias = saved
+    dy, centred, rows = cotangents[0].astype(jnp.float32), x.astype(jnp.float32) - mean, x.size // (x.shape[0] * x.shape[-1])
     if relu:
         dy = jnp.where(centred * (inverse * scale) + bias > 0, dy, 0)
     normal = centred * inverse
-    dbias = dy.sum(axes, keepdims=True)
-    dscale = (dy * normal).sum(axes, keepdims=True)
-    if pool is not None:
-        dy = jax.vjp(lambda a: _pool_groups(a, pool), x)[1](dy.astype(x.dtype))[0].astype(jnp.float32)
-        normal = (x.astype(jnp.float32) - mean) * inverse
-    rows = x.size // (x.shape[0] * x.shape[-1])
+    dbias, dscale = _sum(dy), _sum(dy * normal)
     dx = (inverse * scale) * (dy - dbias / rows - normal * (dscale / rows))
     whole = tuple(range(x.ndim - 1))
     return dx.astype(x.dtype), dscale.sum(whole), dbias.sum(whole), jnp.zeros_like(bias)
@@ -153,20 +132,13 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
         return scale, bias, mean, var
 
-    def __call__(self, x: Array, train: bool, *, relu: bool = False, pool: tuple[int, int] | None = None) -> Array:
-        """x [n, ..., c] normalised; then, if asked, ReLU and a maximum over pool's (window, stride)."""
-        early = pool if train and not self.use_scale else None
-        y = normalize_together([self], [x.shape[-1]], x, train, relu, early)
-        return max_pool(y, *pool) if pool is not None and early is None else y
+    def __call__(self, x: Array, train: bool, *, relu: bool = False) -> Array:
+        """x [n, ..., c] normalised, then ReLU if asked."""
+        return normalize_together([self], [x.shape[-1]], x, train, relu)
 
 
-def normalize_together(
-    norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool, relu: bool = False, pool: tuple[int, int] | None = None
-) -> Array:
-    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x.
-
-    relu, pool: as `normalize_batch` has them; pool in training only.
-    """
+def normalize_together(norms: Sequence[BatchNorm], features: Sequence[int], x: Array, train: bool, relu: bool = False) -> Array:
+    """BatchNorms of equal settings over neighbouring runs of x's channels at once: what each would give its own run, in one pass over x. ReLU if asked."""
     first = norms[0]
     parts = [norm.variables_of(n) for norm, n in zip(norms, features, strict=True)]
     scale, bias = jnp.concatenate([part[0] for part in parts]), jnp.concatenate([part[1] for part in parts])
@@ -179,7 +151,7 @@ def normalize_together(
     if x.shape[0] % first.groups:
         raise BadInput(f"a batch of {x.shape[0]} images does not divide into {first.groups} BatchNorm groups: set model.bn_groups")
     grouped = x.reshape(first.groups, x.shape[0] // first.groups, *x.shape[1:])
-    y, mean, var = normalize_batch(grouped, scale, bias, mean, first.epsilon, relu, pool)
+    y, mean, var = normalize_batch(grouped, scale, bias, mean, first.epsilon, relu)
     if not first.is_initializing():
         axes = tuple(range(grouped.ndim - 1))
         keep, start = first.momentum, 0
@@ -188,7 +160,7 @@ def normalize_together(
             running_mean.value = keep * running_mean.value + (1 - keep) * mean.mean(axes)[run]
             running_var.value = keep * running_var.value + (1 - keep) * var.mean(axes)[run]
             start += n
-    return y.reshape(x.shape[0], *y.shape[2:])
+    return y.reshape(x.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

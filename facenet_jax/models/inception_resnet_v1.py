@@ -15,7 +15,7 @@ from facenet_jax.layers import BatchNorm, Conv, Dense, add_relu, convolve_togeth
 
 
 class _ConvNorm(nn.Module):
-    """Convolution, BatchNorm, ReLU, and a maximum if asked."""
+    """Convolution, BatchNorm, ReLU."""
 
     features: int
     kernel: int | tuple[int, int]
@@ -28,8 +28,8 @@ class _ConvNorm(nn.Module):
         self.conv = Conv(self.features, self.kernel, self.stride, self.padding, dtype=self.dtype)
         self.norm = BatchNorm(**self.norm_settings, dtype=self.dtype)
 
-    def __call__(self, x: jax.Array, train: bool, pool: tuple[int, int] | None = None) -> jax.Array:
-        return self.norm(self.conv(x), train, relu=True, pool=pool)
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.norm(self.conv(x), train, relu=True)
 
 
 def _together(units: list[_ConvNorm], x: jax.Array, train: bool) -> list[jax.Array]:
@@ -153,7 +153,8 @@ class InceptionResnetV1(nn.Module):
 
         x = conv(images, "Conv2d_1a_3x3", 32, 3, 2, "VALID")
         x = conv(x, "Conv2d_2a_3x3", 32, 3, 1, "VALID")
-        x = _ConvNorm(64, 3, 1, "SAME", norm, self.dtype, name="Conv2d_2b_3x3")(x, train, pool=(3, 2))
+        x = conv(x, "Conv2d_2b_3x3", 64, 3)
+        x = max_pool(x, 3, 2)
         x = conv(x, "Conv2d_3b_1x1", 80, 1)
         x = conv(x, "Conv2d_4a_3x3", 192, 3, 1, "VALID")
         x = conv(x, "Conv2d_4b_3x3", 256, 3, 2, "VALID")

@@ -34,24 +34,6 @@ def test_normalize_batch_equals_derived_gradient(guess, relu):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_maximum_taken_before_normalising_is_the_one_after(groups):
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(1, 2, (groups, 4 // groups, 7, 8, 3)), jnp.float32)
-    bias, near = jnp.asarray(rng.normal(size=3), jnp.float32), jnp.ones(3)
-
-    def after(x, bias):
-        y = layers.normalize_batch(x, jnp.ones(3), bias, near, 1e-3, True)[0]
-        return layers.max_pool(y.reshape(4, 7, 8, 3), 3, 2)
-
-    before = lambda x, bias: layers.normalize_batch(x, jnp.ones(3), bias, near, 1e-3, True, (3, 2))[0].reshape(4, 3, 3, 3)
-    (found, pull), (expected, expected_pull) = jax.vjp(before, x, bias), jax.vjp(after, x, bias)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    dy = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
-    for a, b in zip(pull(dy), expected_pull(dy), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
 def test_variance_keeps_its_digits_where_the_running_mean_is_near():
     x = jnp.asarray(np.random.default_rng(0).normal(1000, 0.1, (64, 3)), jnp.float32)
     _, mean, var = layers.normalize_batch(x[None], jnp.ones(3), jnp.zeros(3), jnp.full(3, 999.9), 1e-3)
