@@ -87,8 +87,8 @@ def _sum(x: Array) -> Array:
 
 def _normalize_batch_forward(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool) -> tuple[Any, Any]:
     values, rows = x.astype(jnp.float32) - near, x.size // (x.shape[0] * x.shape[-1])
-    mean, squares = _sum(x.astype(jnp.float32)) / rows, _sum(jnp.square(values)) / rows
-    var = jnp.maximum(squares - jnp.square(mean - near), 0)
+    away, squares = _sum(values) / rows, _sum(jnp.square(values)) / rows
+    mean, var = away + near, jnp.maximum(squares - jnp.square(away), 0)
     inverse = lax.rsqrt(var + epsilon)
     y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
     return ((nn.relu(y) if relu else y).astype(x.dtype), mean, var), (x, mean, inverse, scale, bias)
