@@ -106,16 +106,19 @@ def _convolve_image(x: Array, kernel: Array, stride: int, padding: Padding) -> A
     ]
     packed = _squares(jnp.concatenate(shifted, -1).transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
     y = convolve(_squares(padded), packed, 1, "VALID")
-    phases = y.reshape(*y.shape[:3], places, places, features)
-    y = interleave([[phases[:, :, :, i, j] for j in range(places)] for i in range(places)])
-    return y[:, : out[0], : out[1]]
+    apart = y.reshape(y.shape[0], *count, places, places, features).transpose(0, 1, 3, 2, 4, 5)
+    return apart.reshape(y.shape[0], count[0] * places, count[1] * places, features)[:, : out[0], : out[1]]
 
 
-def interleave(phases: Sequence[Sequence[Array]]) -> Array:
-    """[a][b] of [n, h, w, c] -> [n, rows * h, columns * w, c]: phase (a, b) holds the places a, a + rows, ... by b, b + columns, ..."""
-    together = jnp.stack([jnp.stack(row, 3) for row in phases], 2)
-    n, h, rows, w, columns, c = together.shape
-    return together.reshape(n, h * rows, w * columns, c)
+def from_phases(
+    phase: Callable[[int, int, list[int]], Array], size: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]
+) -> Array:
+    """The map [n, *size, c] made of phase(a, b, count) [n, *count, c]: with its padding, its places a, a + stride, ... by b, b + stride, ..."""
+    count = [-(-(side + sum(pad)) // stride) for side, pad in zip(size, pads)]
+    together = jnp.stack([jnp.stack([phase(a, b, count) for b in range(stride)], 3) for a in range(stride)], 2)
+    padded = together.reshape(together.shape[0], count[0] * stride, count[1] * stride, together.shape[-1])
+    (top, _), (left, _) = pads
+    return padded[:, top : top + size[0], left : left + size[1]]
 
 
 def _image_gradient_by_phases(dy: Array, kernel: Array, size: tuple[int, ...], stride: int, padding: Padding) -> Array:
@@ -123,12 +126,8 @@ def _image_gradient_by_phases(dy: Array, kernel: Array, size: tuple[int, ...], s
 
     XLA's CPU backend puts zeros between the places of dy instead and multiplies them all, stride^2 times the work.
     """
-    window = kernel.shape[:2]
-    pads = explicit_padding(size, window, stride, padding)
-    padded = [side + sum(pad) for side, pad in zip(size, pads)]
-    count = [-(-side // stride) for side in padded]
 
-    def phase(a: int, b: int) -> Array:
+    def phase(a: int, b: int, count: list[int]) -> Array:
         part = jnp.flip(kernel[a::stride, b::stride], (0, 1)).swapaxes(2, 3)
         if 0 in part.shape:
             return jnp.zeros((dy.shape[0], *count, kernel.shape[2]), dy.dtype)
@@ -137,9 +136,7 @@ def _image_gradient_by_phases(dy: Array, kernel: Array, size: tuple[int, ...], s
             return jnp.pad(_product(dy, part), ((0, 0), rows, columns, (0, 0)))
         return convolve(dy, part, 1, (rows, columns))
 
-    dx = interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
-    (top, _), (left, _) = pads
-    return dx[:, top : top + size[0], left : left + size[1]]
+    return from_phases(phase, size, stride, explicit_padding(size, kernel.shape[:2], stride, padding))
 
 
 def _is_product(kernel: Array, stride: int, padding: Padding) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from facenet_jax.convolution import Padding, conv2d, explicit_padding, interleave, places_of_windows, precision_for
+from facenet_jax.convolution import Padding, conv2d, explicit_padding, from_phases, places_of_windows, precision_for
 from facenet_jax.errors import BadInput
 
 Array = jax.Array
@@ -197,9 +197,8 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
     taken = jnp.zeros(dy.shape, jnp.uint8)
     for index, values in enumerate(others, 1):
         best, taken = jnp.maximum(best, values), jnp.where(values > best, jnp.uint8(index), taken)
-    count = [-(-(side + sum(pad)) // stride) for side, pad in zip(x.shape[1:3], pads)]
 
-    def phase(a: int, b: int) -> Array:
+    def phase(a: int, b: int, count: list[int]) -> Array:
         total = jnp.zeros((dy.shape[0], *count, dy.shape[3]), dy.dtype)
         for i in range(a, window, stride):
             for j in range(b, window, stride):
@@ -209,17 +208,15 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
                 total += jnp.pad(given, ((0, 0), *around, (0, 0)))
         return total
 
-    dx = interleave([[phase(a, b) for b in range(stride)] for a in range(stride)])
-    (top, _), (left, _) = pads
-    return dx[:, top : top + x.shape[1], left : left + x.shape[2]]
+    return from_phases(phase, x.shape[1:3], stride, pads)
 
 
 @jax.custom_vjp
 def add_relu(x: Array, y: Array) -> Array:
     """relu(x + y), the end of a residual block.
 
-    Written as max(x, -y) + y, the same number where y is finite: XLA's CPU backend makes what looks like a function of one array again for each of its readers, and
-    the sums of a chain of blocks so grow into one another, quadratically.
+    Written as max(x, -y) + y, the same number where y is finite: XLA's CPU backend makes what looks like a function of one array again for each of
+    its readers, and the sums of a chain of blocks so grow into one another, quadratically.
     """
     return jnp.maximum(x, -y) + y
 
