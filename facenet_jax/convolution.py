@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from facenet_jax.parallel import summed_over_rows
+
 Array = jax.Array
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
@@ -65,7 +67,8 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     pads = explicit_padding(x.shape[1:3], window, stride, padding)
     floats_per_image = dy.shape[1] * dy.shape[2] * window[0] * window[1] * x.shape[-1]
     count = x.shape[0]
-    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or c * floats_per_image <= _PATCH_FLOATS))
+    # Two turns at least: a loop of one is unrolled, and what makes x fused into the transposed copy that its product then wants.
+    chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or (c < count and c * floats_per_image <= _PATCH_FLOATS)))
 
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         images, gradients = pair
@@ -176,14 +179,12 @@ def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], 
         return jax.vjp(lambda k: convolve(a, k, stride, padding), kernel)[1](b)[0]
 
     image_on_cpu: Callable[[Array, Array], Array] = image_by_xla
-    kernel_on_cpu: Callable[[Array, Array], Array]
     if _is_product(kernel, stride, padding):
         image_on_cpu = lambda b, k: _product(b, k.swapaxes(2, 3))
-        kernel_on_cpu = lambda a, b: jnp.einsum("nhwc,nhwd->cd", a, b, precision=precision_for(a.dtype))[None, None]
-    else:
-        kernel_on_cpu = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
-        if stride > 1:
-            image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
+    elif stride > 1:
+        image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
+    by_patches = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
+    kernel_on_cpu = partial(summed_over_rows, by_patches)
     dx = lax.platform_dependent(dy, kernel, cpu=image_on_cpu, default=image_by_xla)
     return dx, lax.platform_dependent(x, dy, cpu=kernel_on_cpu, default=kernel_by_xla)
 

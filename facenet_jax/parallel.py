@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import jax
@@ -198,6 +198,30 @@ def check_alike(here: dict[str, Any]) -> None:
 def is_first_process() -> bool:
     """True on the one host that writes metrics and reports."""
     return jax.process_index() == 0
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, for jit, with `summed_over_rows` inside it knowing over which devices the batch is cut."""
+
+    @wraps(function)
+    def known(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return known
+
+
+def summed_over_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`function(*arrays)`, a sum over rows (the arrays' first axis), as each device's sum over its own rows and one sum over devices.
+
+    For loops over rows: before one that it cuts by itself, XLA brings all rows to every device, and each of them goes through all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return function(*arrays)
+    cut = tuple(PartitionSpec(DATA) for _ in arrays)
+    local = lambda *own: lax.psum(function(*own), DATA)
+    return jax.shard_map(local, in_specs=cut, out_specs=PartitionSpec(), check_vma=False)(*arrays)
 
 
 def map_rows(

@@ -177,7 +177,11 @@ def make_train_step(
     whole, cut = parallel.replicated(mesh), parallel.batch_sharded(mesh)
     platform = mesh.devices.flat[0].platform
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(whole, cut), out_shardings=(whole, whole), compiler_options=compiling.options(platform)
+        parallel.on_mesh(mesh, step),
+        donate_argnums=0,
+        in_shardings=(whole, cut),
+        out_shardings=(whole, whole),
+        compiler_options=compiling.options(platform),
     )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import roofline
 from facenet_jax import models, parallel
 from facenet_jax.losses.classification import Softmax
 from facenet_jax.losses.triplet import Triplet
@@ -12,17 +13,22 @@ from facenet_jax.preprocessing import Preprocessing
 from facenet_jax.training import optimizers, schedules, step
 
 
-def run(mesh, microbatches, bn_groups, rows, images, labels, dropout=0.0):
-    """One step on the rows in this order; SGD at rate 1, so that the change of the parameters is the gradient."""
+def make(mesh, microbatches, bn_groups, dropout):
+    """(fresh state, step); SGD at rate 1, so that the change of the parameters is the gradient."""
     model = models.create("small_resnet", embedding_size=8, stem=4, widths=(4, 8), depths=(1, 1), bn_groups=bn_groups, dropout=dropout)
     settings = optimizers.Optimizer("momentum")
     schedule = schedules.create("constant", 1.0, 1)
     optimizer = optimizers.create(settings, schedule)
     objective = step.Objective(Triplet("batch_all", 0.5, 5, 4), Softmax(6, 8.0, 0.1))
     state = jax.device_put(step.initial_state(model, objective, optimizer, settings, 32, 0), parallel.replicated(mesh))
+    return state, step.make_train_step(model, Preprocessing(32), objective, optimizer, settings, schedule, mesh, 0, microbatches)
+
+
+def run(mesh, microbatches, bn_groups, rows, images, labels, dropout=0.0):
+    """One step on the rows in this order."""
+    state, function = make(mesh, microbatches, bn_groups, dropout)
     # The step gives its state away, and on CPU a NumPy view of it would go with it.
     before = jax.tree.map(np.array, state.params)
-    function = step.make_train_step(model, Preprocessing(32), objective, optimizer, settings, schedule, mesh, 0, microbatches)
     state, metrics = function(state, parallel.to_global(mesh, {"image": images[rows], "label": labels[rows]}))
     return (
         jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before),
@@ -51,6 +57,22 @@ def test_cached_gradient_equals_one_piece(batch, devices):
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), statistics, expected_statistics)
+
+
+def test_maps_stay_on_their_device():
+    """All that a device is told of other rows are their embeddings, labels and sums: a loop over rows that XLA cuts by itself brings all maps to all."""
+    mesh = parallel.make_mesh()
+    state, function = make(mesh, 1, 1, 0.0)
+    cut = parallel.batch_sharded(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((24, 32, 32, 3), jnp.uint8, sharding=cut),
+        "label": jax.ShapeDtypeStruct((24,), jnp.int32, sharding=cut),
+    }
+    found = {entry["op"]: entry["bytes"] for entry in roofline.collectives(function.lower(state, batch).compile().as_text())}
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert found["all-gather"] <= 24 * (8 + 1) * 4
+    assert parameters <= found["all-reduce"] < 2 * parameters
+    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
 def test_both_passes_drop_the_same_values(batch):
