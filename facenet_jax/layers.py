@@ -79,15 +79,27 @@ def normalize_batch(x: Array, scale: Array, bias: Array, near: Array, epsilon: f
     return _normalize_batch_forward(x, scale, bias, near, epsilon, relu)[0]
 
 
-def _sum(x: Array) -> Array:
-    """Over all axes but the first and the last, which are kept. A CPU adds fastest along one axis; flattened, a TPU would bring x into another layout."""
-    flat = lambda a: a.reshape(a.shape[0], -1, a.shape[-1]).sum(1).reshape(a.shape[0], *[1] * (a.ndim - 2), a.shape[-1])
-    return lax.platform_dependent(x, cpu=flat, default=lambda a: a.sum(tuple(range(1, a.ndim - 1)), keepdims=True))
+def _sums(of_rows: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+    """of_rows(*arrays), summed over all axes but the first and the last, which are kept.
+
+    A CPU adds with vector instructions along one axis of what lies in memory; flattened, a TPU would bring the arrays into another layout.
+    """
+
+    def flat(*arrays: Array) -> tuple[Array, ...]:
+        rows = lax.optimization_barrier([a.reshape(a.shape[0], -1, a.shape[-1]) for a in arrays])
+        return tuple(a.sum(1).reshape(a.shape[0], *[1] * (arrays[0].ndim - 2), a.shape[-1]) for a in of_rows(*rows))
+
+    def whole(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(a.sum(tuple(range(1, a.ndim - 1)), keepdims=True) for a in of_rows(*arrays))
+
+    return lax.platform_dependent(*arrays, cpu=flat, default=whole)
 
 
 def _normalize_batch_forward(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool) -> tuple[Any, Any]:
-    values, rows = x.astype(jnp.float32) - near, x.size // (x.shape[0] * x.shape[-1])
-    away, squares = _sum(values) / rows, _sum(jnp.square(values)) / rows
+    rows = x.size // (x.shape[0] * x.shape[-1])
+    # The difference twice, with two signs: shared, it would be kept in memory for both sums.
+    away, squares = _sums(lambda a: (a.astype(jnp.float32) - near, jnp.square(near - a.astype(jnp.float32))), x)
+    away, squares = away / rows, squares / rows
     mean, var = away + near, jnp.maximum(squares - jnp.square(away), 0)
     inverse = lax.rsqrt(var + epsilon)
     y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
@@ -99,9 +111,10 @@ def _normalize_batch_backward(epsilon: float, relu: bool, saved: Any, cotangents
     dy, centred, rows = cotangents[0].astype(jnp.float32), x.astype(jnp.float32) - mean, x.size // (x.shape[0] * x.shape[-1])
     if relu:
         dy = jnp.where(centred * (inverse * scale) + bias > 0, dy, 0)
-    normal = centred * inverse
-    dbias, dscale = _sum(dy), _sum(dy * normal)
-    dx = (inverse * scale) * (dy - dbias / rows - normal * (dscale / rows))
+    means = mean.reshape(x.shape[0], 1, x.shape[-1])
+    dbias, dscale = _sums(lambda d, a: (d, d * (a.astype(jnp.float32) - (means if a.ndim == 3 else mean))), dy, x)
+    dscale = dscale * inverse
+    dx = (inverse * scale) * (dy - dbias / rows - centred * (inverse * dscale / rows))
     whole = tuple(range(x.ndim - 1))
     return dx.astype(x.dtype), dscale.sum(whole), dbias.sum(whole), jnp.zeros_like(bias)
 
