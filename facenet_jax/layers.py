@@ -80,7 +80,7 @@ def normalize_batch(x: Array, scale: Array, bias: Array, near: Array, epsilon: f
 
 
 def _sums(of_rows: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
-    """of_rows(*arrays), summed over all axes but the first and the last, which are kept.
+    """of_rows(*arrays), summed over all axes but the first and the last, which are kept. `of_rows` may get the arrays with the axes between in one.
 
     A CPU adds with vector instructions along one axis of what lies in memory; flattened, a TPU would bring the arrays into another layout.
     """
@@ -111,8 +111,7 @@ def _normalize_batch_backward(epsilon: float, relu: bool, saved: Any, cotangents
     dy, centred, rows = cotangents[0].astype(jnp.float32), x.astype(jnp.float32) - mean, x.size // (x.shape[0] * x.shape[-1])
     if relu:
         dy = jnp.where(centred * (inverse * scale) + bias > 0, dy, 0)
-    means = mean.reshape(x.shape[0], 1, x.shape[-1])
-    dbias, dscale = _sums(lambda d, a: (d, d * (a.astype(jnp.float32) - (means if a.ndim == 3 else mean))), dy, x)
+    dbias, dscale = _sums(lambda d, a, m: (d, d * (a.astype(jnp.float32) - m)), dy, x, mean)
     dscale = dscale * inverse
     dx = (inverse * scale) * (dy - dbias / rows - centred * (inverse * dscale / rows))
     whole = tuple(range(x.ndim - 1))
