@@ -158,8 +158,8 @@ HEADER = (
 )
 
 
-def compile_all(config_path: str, topologies: list[str], arguments: list[str]) -> list[dict[str, Any]]:
-    """Each in a process of its own, because libtpu keeps what it has of the first."""
+def compile_all(config_path: str, topologies: list[str], arguments: list[str], output: str) -> list[dict[str, Any]]:
+    """Each in a process of its own, because libtpu keeps what it has of the first. `output` (if any) has every one as soon as it is compiled."""
     found = []
     print(HEADER, flush=True)
     for topology in topologies:
@@ -176,6 +176,8 @@ def compile_all(config_path: str, topologies: list[str], arguments: list[str]) -
         if done.returncode:
             raise BadInput((done.stderr.strip().splitlines() or ["the compiler ended without a word"])[-1].removeprefix("error: "))
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        if output:
+            command_line.write_json(Path(output), found)
         print(describe(found[-1]), flush=True)
     for line in dict.fromkeys(line for entry in found for line in entry["not_counted"]):
         print(f"not counted: {line}")
@@ -208,9 +210,7 @@ def main(_: list[str]) -> None:
     # As this process understood them, not as they were typed: --config FILE, -config=FILE and a second one mean the same there.
     settings = [f"--config.{key}={value}" for key, value in config_flags.get_override_values(FLAGS["config"]).items()]
     settings += [f"--{name}={FLAGS[name].value}" for name in ("rows_per_device", "classes", "hlo")]
-    found = compile_all(config_flags.get_config_filename(FLAGS["config"]), FLAGS.topology, settings)
-    if FLAGS.output:
-        command_line.write_json(Path(FLAGS.output), found)
+    compile_all(config_flags.get_config_filename(FLAGS["config"]), FLAGS.topology, settings, FLAGS.output)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Parts:
             mesh,
             self.config.seed,
             self.config.batch.microbatches,
+            self.config.batch.remat,
         )
 
     def abstract_state(self, sharding: jax.sharding.Sharding) -> step.State:

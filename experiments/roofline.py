@@ -80,7 +80,12 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
     """
     found: dict[str, list[int]] = {}
     partitions = re.search(r"num_partitions=(\d+)", hlo)
+    # Of (operation, channel, bytes), the computation that has it first: one spread over other work is printed in each of the pieces.
+    first: dict[tuple[str, str, int], str] = {}
+    computation = ""
     for line in hlo.splitlines():
+        if line[:1] in ("%", "E"):
+            computation = line.split(" ")[0]
         match = re.search(rf"= (.+?) ({'|'.join(_OPERATIONS)})(-start)?\((.*)", line)
         if not match:
             continue
@@ -90,6 +95,12 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
         if operation == "reduce-scatter":
             # Operands are printed without shapes.
             size *= _group_size(rest, int(partitions[1]) if partitions else 1)
+        if computation.startswith("%all-reduce-scatter"):
+            # Written as a sum of which a part is taken, in one operation.
+            operation = "reduce-scatter"
+        channel = re.search(r"channel_id=(\d+)", rest)
+        if channel and first.setdefault((operation, channel[1], size), computation) != computation:
+            continue
         entry = found.setdefault(operation, [0, 0])
         entry[0] += size
         entry[1] += 1

@@ -11,11 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from facenet_jax.convolution import Padding, conv2d, explicit_padding, from_phases, places_of_windows, precision_for
 from facenet_jax.errors import BadInput
 
 Array = jax.Array
+
+# Of rematerialisation (training.step): what is kept for the backward pass, outputs of convolutions and blocks and BatchNorm's sums. Normalised maps and
+# activations are made again from them.
+KEPT = "kept"
 
 
 class Conv(nn.Module):
@@ -41,7 +46,7 @@ class Conv(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.variables_of(x.shape[-1])
-        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+        y = checkpoint_name(conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding), KEPT)
         return y if bias is None else y + bias.astype(self.dtype)
 
 
@@ -49,7 +54,7 @@ def convolve_together(convolutions: Sequence[Conv], x: Array) -> Array:
     """Convolutions of equal settings that read the same x, as one: their outputs side by side, x read once, its gradient made once."""
     first = convolutions[0]
     kernel = jnp.concatenate([c.variables_of(x.shape[-1])[0] for c in convolutions], -1)
-    return conv2d(x.astype(first.dtype), kernel.astype(first.dtype), first.stride, first.padding)
+    return checkpoint_name(conv2d(x.astype(first.dtype), kernel.astype(first.dtype), first.stride, first.padding), KEPT)
 
 
 class Dense(nn.Module):
@@ -98,7 +103,8 @@ def _sums(of_rows: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Ar
 def _normalize_batch_forward(x: Array, scale: Array, bias: Array, near: Array, epsilon: float, relu: bool) -> tuple[Any, Any]:
     rows = x.size // (x.shape[0] * x.shape[-1])
     # The difference twice, with two signs: shared, it would be kept in memory for both sums.
-    away, squares = _sums(lambda a: (a.astype(jnp.float32) - near, jnp.square(near - a.astype(jnp.float32))), x)
+    sums = _sums(lambda a: (a.astype(jnp.float32) - near, jnp.square(near - a.astype(jnp.float32))), x)
+    away, squares = checkpoint_name(sums, KEPT)
     away, squares = away / rows, squares / rows
     mean, var = away + near, jnp.maximum(squares - jnp.square(away), 0)
     inverse = lax.rsqrt(var + epsilon)
@@ -234,7 +240,7 @@ def add_relu(x: Array, y: Array) -> Array:
 
 
 def _add_relu_forward(x: Array, y: Array) -> tuple[Array, Array]:
-    total = add_relu(x, y)
+    total = checkpoint_name(add_relu(x, y), KEPT)
     return total, total
 
 

@@ -3,13 +3,14 @@
 import collections
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial, wraps
 from typing import Any
 
@@ -224,6 +225,32 @@ def summed_over_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> 
     return jax.shard_map(local, in_specs=cut, out_specs=PartitionSpec(), check_vma=False)(*arrays)
 
 
+# Sets of devices, by index.
+Groups = list[list[int]]
+
+
+def turns(count: int) -> tuple[Groups, ...]:
+    """Two rounds in which `count` devices reach each other, as rows and columns of the squarest table of them; one where there is no table."""
+    width = next((n for n in range(math.isqrt(count), 1, -1) if count % n == 0), 0)
+    if not width:
+        return ([list(range(count))],)
+    return [list(range(i, i + width)) for i in range(0, count, width)], [list(range(i, count, width)) for i in range(width)]
+
+
+def gather_rows(rows: jax.Array, rounds: Sequence[Groups | None]) -> jax.Array:
+    """Inside shard_map: the rows of all devices, in order."""
+    for groups in rounds:
+        rows = lax.all_gather(rows, DATA, axis_index_groups=groups, tiled=True)
+    return rows
+
+
+def scatter_rows(rows: jax.Array, rounds: Sequence[Groups | None]) -> jax.Array:
+    """Inside shard_map: this device's rows of the sum of all devices' arrays."""
+    for groups in reversed(rounds):
+        rows = lax.psum_scatter(rows, DATA, scatter_dimension=0, axis_index_groups=groups, tiled=True)
+    return rows
+
+
 def map_rows(
     mesh: Mesh, function: Callable[..., tuple[Any, Any, jax.Array]], embeddings: jax.Array, *rest: jax.Array
 ) -> tuple[Any, jax.Array]:
@@ -234,11 +261,13 @@ def map_rows(
     `rest` is replicated. Returns (sums, gradient [N, d] cut like the embeddings).
     """
 
+    # In one round XLA writes a scatter over a TPU's torus, and a gather over 64 chips and more, as a sum over all of them: twice the traffic.
+    rounds = turns(mesh.size) if mesh.devices.flat[0].platform == "tpu" else (None,)
+
     def local(own: jax.Array, *rest: jax.Array) -> tuple[Any, jax.Array]:
-        everything = lax.all_gather(own, DATA, tiled=True)
+        everything = gather_rows(own, rounds)
         sums, own_gradient, all_gradient = function(own, lax.axis_index(DATA) * own.shape[0], everything, *rest)
-        scattered = lax.psum_scatter(all_gradient, DATA, scatter_dimension=0, tiled=True)
-        return lax.psum(sums, DATA), own_gradient + scattered
+        return lax.psum(sums, DATA), own_gradient + scatter_rows(all_gradient, rounds)
 
     cut, whole = PartitionSpec(DATA), PartitionSpec()
     run = partial(jax.shard_map, mesh=mesh, in_specs=(cut, *(whole for _ in rest)), out_specs=(whole, cut), check_vma=False)

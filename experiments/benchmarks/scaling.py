@@ -51,10 +51,9 @@ def main(_: list[str]) -> None:
     """Command line."""
     if not FLAGS.topologies:
         raise BadInput("--topologies is needed, e.g. v5e:1x1,v5e:2x2,v5e:4x4")
-    found = aot_compile.compile_all(FLAGS.config, FLAGS.topologies, [f"--rows_per_device={FLAGS.rows_per_device}", *FLAGS.setting])
+    settings = [f"--rows_per_device={FLAGS.rows_per_device}", *FLAGS.setting]
+    found = aot_compile.compile_all(FLAGS.config, FLAGS.topologies, settings, FLAGS.output)
     found.sort(key=lambda entry: entry["chips"])
-    if FLAGS.output:
-        command_line.write_json(Path(FLAGS.output), found)
     for entry, efficiency in zip(found, efficiencies(found), strict=True):
         print(f"{entry['topology']}: {entry['chips']} chips, {entry['predicted_images_per_s']:.0f} images/s, efficiency {efficiency:.3f}")
     if FLAGS.plot:

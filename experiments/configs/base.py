@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "images_per_person": 4,
                 "minimum_images": 2,
                 "microbatches": 1,  # above 1: embed the batch in so many pieces, mine it whole; memory of a piece, BatchNorm by piece
+                "remat": False,  # keep convolutions' outputs alone for the backward pass and make the rest again: less memory, the same step
             },
             "transforms": {
                 "crop": 0,

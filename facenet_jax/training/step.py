@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from facenet_jax import compiling, models, parallel
 from facenet_jax.errors import BadInput
-from facenet_jax.layers import l2_normalize
+from facenet_jax.layers import KEPT, l2_normalize
 from facenet_jax.losses import classification
 from facenet_jax.losses.classification import Softmax
 from facenet_jax.losses.triplet import Triplet, mined_triplet_loss
@@ -127,10 +127,12 @@ def make_train_step(
     mesh: Mesh,
     seed: int,
     microbatches: int = 1,
+    remat: bool = False,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); batch: image [N, s, s, 3] uint8, label [N] int32, cut over the mesh.
 
-    The state is donated. Randomness follows from (seed, step). With more than one micro-batch, see `cached_gradient`.
+    The state is donated. Randomness follows from (seed, step). With more than one micro-batch, see `cached_gradient`. With `remat` only the outputs of
+    convolutions and residual blocks are kept for the backward pass; the rest is made again from them, by the same arithmetic.
     """
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
@@ -140,6 +142,9 @@ def make_train_step(
             variables = {"params": params["network"], "batch_stats": state.batch_stats}
             prelogits, updated = model.apply(variables, preprocessing(images), train=True, mutable=["batch_stats"], rngs={"dropout": key})
             return jnp.asarray(prelogits, jnp.float32), updated.get("batch_stats", state.batch_stats)
+
+        if remat:
+            forward = jax.checkpoint(forward, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
 
         def value_of(params: Any, prelogits: jax.Array) -> tuple[jax.Array, Metrics]:
             return objective_value(objective, params, prelogits, batch["label"], mining_key, mesh)

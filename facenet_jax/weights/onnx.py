@@ -351,6 +351,8 @@ _RULES: dict[str, _Rule] = {
     "reshape": _reshape,
     "squeeze": _reshape,
     "broadcast_in_dim": _broadcast,
+    # A mark for rematerialisation.
+    "name": lambda graph, eqn, values: values[0],
 }
 
 

@@ -7,13 +7,14 @@ import pytest
 
 from experiments import roofline
 from facenet_jax import models, parallel
+from facenet_jax.layers import KEPT
 from facenet_jax.losses.classification import Softmax
 from facenet_jax.losses.triplet import Triplet
 from facenet_jax.preprocessing import Preprocessing
 from facenet_jax.training import optimizers, schedules, step
 
 
-def make(mesh, microbatches, bn_groups, dropout):
+def make(mesh, microbatches, bn_groups, dropout, remat=False):
     """(fresh state, step); SGD at rate 1, so that the change of the parameters is the gradient."""
     model = models.create("small_resnet", embedding_size=8, stem=4, widths=(4, 8), depths=(1, 1), bn_groups=bn_groups, dropout=dropout)
     settings = optimizers.Optimizer("momentum")
@@ -21,12 +22,12 @@ def make(mesh, microbatches, bn_groups, dropout):
     optimizer = optimizers.create(settings, schedule)
     objective = step.Objective(Triplet("batch_all", 0.5, 5, 4), Softmax(6, 8.0, 0.1))
     state = jax.device_put(step.initial_state(model, objective, optimizer, settings, 32, 0), parallel.replicated(mesh))
-    return state, step.make_train_step(model, Preprocessing(32), objective, optimizer, settings, schedule, mesh, 0, microbatches)
+    return state, step.make_train_step(model, Preprocessing(32), objective, optimizer, settings, schedule, mesh, 0, microbatches, remat)
 
 
-def run(mesh, microbatches, bn_groups, rows, images, labels, dropout=0.0):
+def run(mesh, microbatches, bn_groups, rows, images, labels, dropout=0.0, remat=False):
     """One step on the rows in this order."""
-    state, function = make(mesh, microbatches, bn_groups, dropout)
+    state, function = make(mesh, microbatches, bn_groups, dropout, remat)
     # The step gives its state away, and on CPU a NumPy view of it would go with it.
     before = jax.tree.map(np.array, state.params)
     state, metrics = function(state, parallel.to_global(mesh, {"image": images[rows], "label": labels[rows]}))
@@ -57,6 +58,31 @@ def test_cached_gradient_equals_one_piece(batch, devices):
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), statistics, expected_statistics)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_rematerialised_step_is_the_same_step(batch, microbatches):
+    mesh = parallel.make_mesh(jax.devices()[:2])
+    rows = np.arange(24)
+    kept, made_again = (run(mesh, microbatches, 1, rows, *batch, dropout=0.2, remat=remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), made_again, kept)
+
+
+def test_rematerialisation_keeps_outputs_of_convolutions_and_blocks():
+    network = models.create("small_resnet", embedding_size=8, stem=4, widths=(4, 8), depths=(1, 1))
+    images = jnp.zeros((24, 32, 32, 3))
+    variables = network.init(jax.random.key(0), images, train=False)
+    forward = lambda params: network.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])[0]
+    again = jax.checkpoint(forward, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+
+    def kept(function):
+        """Shapes of the maps that the backward pass is given."""
+        _, pull = jax.vjp(function, variables["params"])
+        return sorted(a.shape for a in jax.tree.leaves(pull) if 24 in a.shape and a.shape != images.shape)
+
+    # The stem's two convolutions; a block's two and its sum; a second block's two, its shortcut and its sum.
+    assert kept(again) == sorted([(24, 16, 16, 4), *[(24, 8, 8, 4)] * 4, *[(24, 4, 4, 8)] * 4])
+    assert len(kept(forward)) > 1.5 * len(kept(again))
 
 
 def test_maps_stay_on_their_device():
