@@ -174,10 +174,15 @@ def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, s
     count = photographs.shape[0]
     settings = settings.on_canvas(photographs.shape[1] * photographs.shape[2])
     columns, corners = resample.running_sums(photographs)
-    # A CPU keeps one photograph's maps in its cache; an accelerator wants them all.
-    together = 1 if jax.default_backend() == "cpu" else count
     propose = lambda one: _propose(params["pnet"], one[0], one[1], one[2], scales, settings)
-    box, correction, score = lax.map(propose, (columns, sizes, level_sizes), batch_size=together)
+    if jax.default_backend() == "cpu":
+        # One after another, whose maps stay in the cache; places of a batch without a photograph cost nothing.
+        windows = len(scales) * settings.proposals
+        nothing = lambda one: (jnp.zeros((windows, 4)), jnp.zeros((windows, 4)), jnp.full(windows, -jnp.inf))
+        found = lax.map(lambda one: lax.cond(one[1].min() > 0, propose, nothing, one), (columns, sizes, level_sizes))
+    else:
+        found = jax.vmap(propose)((columns, sizes, level_sizes))
+    box, correction, score = found
 
     # Of equal scores the original's sort takes the later one.
     score, places = _best(score, settings.candidates)
