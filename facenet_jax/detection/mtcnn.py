@@ -84,30 +84,38 @@ def _take(values: Array, places: Array) -> Array:
     return jnp.take_along_axis(values, places[..., None], 1)
 
 
-def _mosaic(parts: list[Array]) -> tuple[Array, list[tuple[int, int]]]:
-    """Pyramid levels [h, w, ...] in one array, the two largest side by side and the others below them; and where each begins."""
-    shelves = [shelf for shelf in (parts[:2], parts[2:]) if shelf]
-    width = max(sum(part.shape[1] for part in shelf) for shelf in shelves)
-    rows, places, top = [], [], 0
-    for shelf in shelves:
-        height, left, filled = max(part.shape[0] for part in shelf), 0, []
-        for part in shelf:
-            places.append((top, left))
-            filled.append(jnp.pad(part, [(0, height - part.shape[0]), (0, 0), *[(0, 0)] * (part.ndim - 2)]))
-            left += part.shape[1]
-        row = jnp.concatenate(filled, 1)
-        rows.append(jnp.pad(row, [(0, 0), (0, width - left), *[(0, 0)] * (row.ndim - 2)]))
-        top += height
-    return jnp.concatenate(rows), places
+def _layout(sizes: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Where pyramid levels, largest first, lie in one picture (top, left each), and its size. With the usual factor a tenth of it stays empty: the first
+    level, the second over all small ones, the third over the fourth."""
+    count, places, left, height = len(sizes), dict[int, tuple[int, int]](), 0, 0
+    for column in ([range(1)], [range(1, 2), range(4, count)], [range(2, 3), range(3, 4)]):
+        top = width = 0
+        for shelf in ([level for level in levels if level < count] for levels in column):
+            at = left
+            for level in shelf:
+                places[level] = (top, at)
+                at += sizes[level][1]
+            top, width = top + max((sizes[level][0] for level in shelf), default=0), max(width, at - left)
+        left, height = left + width, max(height, top)
+    return [places[level] for level in range(count)], (height, left)
+
+
+def _mosaic(parts: list[Array], places: list[tuple[int, int]], size: tuple[int, int]) -> Array:
+    """Pyramid levels [h, w, ...] in one array [*size, ...]."""
+    picture = jnp.zeros((*size, *parts[0].shape[2:]), parts[0].dtype)
+    for part, place in zip(parts, places, strict=True):
+        picture = lax.dynamic_update_slice(picture, part, (*place, *[0] * (part.ndim - 2)))
+    return picture
 
 
 def _propose(params: Any, columns: Array, size: Array, level_sizes: Array, scales: tuple[float, ...], settings: Settings) -> tuple:
     """The first stage of one photograph: (boxes [k, 4], corrections [k, 4], scores [k], -inf where suppressed), level after level."""
     even = lambda side, scale: -(-int(np.ceil(side * scale)) // 2) * 2
     canvases = [(even(columns.shape[0] - 1, scale), even(columns.shape[1], scale)) for scale in scales]
-    levels = [resample.shrink(columns, size, out, canvas) for out, canvas in zip(level_sizes, canvases)]
-    picture, places = _mosaic(levels)
-    inside, _ = _mosaic([_before(canvas, out - 2) for canvas, out in zip(canvases, level_sizes)])
+    levels = [resample.shrink(columns, size, out, canvas, scale) for out, canvas, scale in zip(level_sizes, canvases, scales, strict=True)]
+    places, size_of_all = _layout(canvases)
+    picture = _mosaic(levels, places, size_of_all)
+    inside = _mosaic([_before(canvas, out - 2) for canvas, out in zip(canvases, level_sizes)], places, size_of_all)
     maps: Any = PNet().apply({"params": params}, _standardise(picture)[None], inside[None])
     # x before y, as the original lists them: it decides among equal scores.
     scores, corrections = (a[0].swapaxes(0, 1) for a in maps)

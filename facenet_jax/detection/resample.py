@@ -4,6 +4,7 @@ Shrinking, the intervals tile the input. Where either side grows, OpenCV interpo
 interval one pixel wide.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -11,6 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+
+# Intervals of a resized row that are made together.
+_BLOCK = 64
+# Sides of the pieces of a photograph from which a CPU makes crops.
+_WINDOWS = (32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 
 
 def intervals(size: Array, out: Array | int, places: int, shrinks: Array) -> tuple[Array, Array]:
@@ -29,19 +35,19 @@ def intervals(size: Array, out: Array | int, places: int, shrinks: Array) -> tup
     )
 
 
-def _shares(start: Array, end: Array, size: int) -> Array:
-    """[places, size]: the share of each input pixel in each interval's mean."""
-    pixel = jnp.arange(size)
+def _shares(start: Array, end: Array, pixel: Array) -> Array:
+    """[places, pixels]: the share of each of these input pixels in each interval's mean."""
     covered = jnp.minimum(end[:, None], pixel + 1) - jnp.maximum(start[:, None], pixel)
     return jnp.maximum(covered, 0) / jnp.maximum(end - start, 1e-6)[:, None]
 
 
-def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int]) -> Array:
+def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int], scale: float) -> Array:
     """A photograph resized, rounded to whole values as OpenCV does with bytes.
 
-    columns [h + 1, w, 3] int32: running sums down each column, from 0; size, out [2]: height and width that count, before and after -> [*canvas, 3];
-    what lies beyond `out` is nonsense.
+    columns [h + 1, w, 3] int32: running sums down each column, from 0; size, out [2]: height and width that count, before and after, out at least
+    size * scale -> [*canvas, 3]; what lies beyond `out` is nonsense.
     """
+    reach = math.ceil(_BLOCK / scale) + 2
     out = jnp.maximum(out, 1)
     shrinks = (size >= out).all()
     height = columns.shape[0] - 1
@@ -54,8 +60,31 @@ def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int]) -> 
     (above, above_part), (below, below_part) = down_to(start), down_to(end)
     # Whole sums are subtracted as integers: as float32 they would lose what decides the rounding.
     rows = ((below - above) + (below_part - above_part)) / jnp.maximum(end - start, 1e-6)[:, None, None]
-    shares = _shares(*intervals(size[1], out[1], canvas[1], shrinks), columns.shape[1])
-    return jnp.round(jnp.einsum("jw,iwc->ijc", shares, rows, precision=lax.Precision.HIGHEST))
+    return jnp.round(_means(rows, *intervals(size[1], out[1], canvas[1], shrinks), reach))
+
+
+def _means(rows: Array, start: Array, end: Array, reach: int) -> Array:
+    """rows [i, w, c] and intervals [j] along their second axis, in order -> each one's mean [i, j, c], as products with shares of pixels.
+
+    `reach`: pixels that any _BLOCK neighbouring intervals cover. In blocks, because most of a whole row's shares are 0.
+    """
+    width, count = rows.shape[1], start.shape[0]
+
+    def product(pixels: Array, first: Array | int, start: Array, end: Array) -> Array:
+        shares = _shares(start, end, first + jnp.arange(pixels.shape[1]))
+        return jnp.einsum("jw,iwc->ijc", shares, pixels, precision=lax.Precision.HIGHEST)
+
+    if reach >= width:
+        return product(rows, 0, start, end)
+
+    def block(bounds: tuple[Array, Array]) -> Array:
+        first = jnp.clip(bounds[0][0].astype(jnp.int32), 0, width - reach)
+        return product(lax.dynamic_slice_in_dim(rows, first, reach, 1), first, *bounds)
+
+    # Past the last one, intervals as far as it is.
+    split = lambda a: jnp.pad(a, (0, -count % _BLOCK), mode="edge").reshape(-1, _BLOCK)
+    found = lax.map(block, (split(start), split(end)))
+    return found.swapaxes(0, 1).reshape(rows.shape[0], -1, rows.shape[2])[:, :count]
 
 
 def running_sums(photographs: Array) -> tuple[Array, Array]:
@@ -63,20 +92,17 @@ def running_sums(photographs: Array) -> tuple[Array, Array]:
 
     Sums over rectangles may pass 2^31 and wrap; their differences do not.
     """
-    columns = jnp.pad(_running(photographs.astype(jnp.int32), 1), ((0, 0), (1, 0), (0, 0), (0, 0)))
-    corners = jnp.pad(_running(columns, 2), ((0, 0), (0, 0), (1, 0), (0, 0)))
-    return columns, corners
 
+    def loop(photographs: Array) -> Array:
+        # Reads each row once.
+        rows = jnp.moveaxis(jnp.pad(photographs, ((0, 0), (0, 1), (0, 0), (0, 0))), 1, 0)
+        return jnp.moveaxis(lax.scan(lambda total, row: (total + row, total), jnp.zeros(rows.shape[1:], jnp.int32), rows)[1], 0, 1)
 
-def _running(x: Array, axis: int) -> Array:
-    """Running sum; on a CPU as a loop, which reads the array once."""
+    def at_once(photographs: Array) -> Array:
+        return jnp.pad(jnp.cumsum(photographs.astype(jnp.int32), 1), ((0, 0), (1, 0), (0, 0), (0, 0)))
 
-    def loop(x: Array) -> Array:
-        moved = jnp.moveaxis(x, axis, 0)
-        add = lambda total, row: (total + row, total + row)
-        return jnp.moveaxis(lax.scan(add, jnp.zeros_like(moved[0]), moved)[1], 0, axis)
-
-    return lax.platform_dependent(x, cpu=loop, default=partial(jnp.cumsum, axis=axis))
+    columns = lax.platform_dependent(photographs, cpu=loop, default=at_once)
+    return columns, jnp.pad(jnp.cumsum(columns, 2), ((0, 0), (0, 0), (1, 0), (0, 0)))
 
 
 def _boundaries(size: Array, out: int, corner: Array, limit: int) -> tuple[Array, Array]:
@@ -89,18 +115,45 @@ def _boundaries(size: Array, out: int, corner: Array, limit: int) -> tuple[Array
 def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
     """Boxes of photographs, resized: photographs uint8 [b, h, w, 3], corners of `running_sums`, owner [n], box [n, 4] int -> [n, side, side, 3] float32.
 
-    Boxes have both corners inside and count from 1; what lies outside the photograph is black.
+    Boxes have both corners inside and count from 1; what lies outside the photograph is black. An accelerator takes all together, a CPU one by one.
     """
-    one = lambda pair: _crop(photographs, corners, pair[0], pair[1], side)
-    # A CPU takes them one by one, each by one of two ways of resampling; an accelerator all together, by both.
-    return lax.map(one, (owner, box)) if jax.default_backend() == "cpu" else jax.vmap(one)((owner, box))
+    if jax.default_backend() == "cpu":
+        return lax.map(lambda pair: crop_by_products(photographs, pair[0], pair[1], side), (owner, box))
+    return jax.vmap(lambda owner, box: crop_by_sums(photographs, corners, owner, box, side))(owner, box)
 
 
-def _crop(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
-    height, width = photographs.shape[1:3]
-    size = jnp.maximum(jnp.stack([box[3] - box[1] + 1, box[2] - box[0] + 1]), 1)
+def crop_by_products(photographs: Array, owner: Array, box: Array, side: int) -> Array:
+    """One of `crops` [side, side, 3], as products of shares with a piece of the photograph about as large as the box."""
+    limits = photographs.shape[1:3]
+    corner, size = _placed(box)
     shrinks = (size >= side).all()
-    corner = jnp.stack([box[1] - 1, box[0] - 1])
+
+    def from_window(window: int) -> Array:
+        sides = [min(window, limit) for limit in limits]
+        at = jnp.clip(corner, 0, jnp.asarray(limits) - jnp.asarray(sides))
+        pixels = lax.dynamic_slice(photographs, (owner, at[0], at[1], 0), (1, *sides, 3))[0].astype(jnp.float32)
+
+        def shares(axis: int) -> Array:
+            start, end = intervals(size[axis], side, side, shrinks)
+            return _shares(corner[axis] + start, corner[axis] + end, at[axis] + jnp.arange(sides[axis]))
+
+        return jnp.einsum("jw,iwc->ijc", shares(1), jnp.einsum("ih,hwc->iwc", shares(0), pixels))
+
+    windows = [*(window for window in _WINDOWS if window < max(limits)), max(limits)]
+    larger = [(size > window).any().astype(jnp.int32) for window in windows[:-1]]
+    return lax.switch(sum(larger, jnp.zeros((), jnp.int32)), [partial(from_window, window) for window in windows])
+
+
+def _placed(box: Array) -> tuple[Array, Array]:
+    """A box's first pixel, from 0, and its size: (y, x) each."""
+    return jnp.stack([box[1] - 1, box[0] - 1]), jnp.maximum(jnp.stack([box[3] - box[1] + 1, box[2] - box[0] + 1]), 1)
+
+
+def crop_by_sums(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
+    """One of `crops` [side, side, 3], from the sums at the corners of its pixels; two by two pixels where it grows."""
+    height, width = photographs.shape[1:3]
+    corner, size = _placed(box)
+    shrinks = (size >= side).all()
 
     def mean() -> Array:
         # The sum down to a boundary between pixels is that to the pixel's edge, and parts of the next row, the next column and the next pixel.

@@ -50,18 +50,18 @@ def test_square_and_regress():
         np.testing.assert_allclose(boxes.regress(box, shift, inclusive=bool(plus)), reference.moved(box, shift, plus), rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(50, 64), (64, 41), (33, 33)])
+@pytest.mark.parametrize("size", [(50, 64), (64, 41), (33, 33), (20, 500)])
 @pytest.mark.parametrize("scale", [0.6, 0.4254, 0.31, 1.0, 1.7])
 def test_pyramid_levels_are_opencvs(size, scale):
     """Bytes equal to OpenCV's but for a few that round the other way."""
     rng = np.random.default_rng(1)
     photograph = rng.integers(0, 256, (*size, 3), np.uint8)
-    canvas = np.zeros((64, 64, 3), np.uint8)
+    canvas = np.zeros((64, max(64, size[1] + 9), 3), np.uint8)
     canvas[: size[0], : size[1]] = photograph
     out = int(np.ceil(size[0] * scale)), int(np.ceil(size[1] * scale))
     columns, _ = resample.running_sums(canvas[None])
     room = (out[0] + 5, out[1] + 3)
-    level = np.asarray(jax.jit(resample.shrink, static_argnums=3)(columns[0], jnp.asarray(size), jnp.asarray(out), room))[
+    level = np.asarray(jax.jit(resample.shrink, static_argnums=(3, 4))(columns[0], jnp.asarray(size), jnp.asarray(out), room, scale))[
         : out[0], : out[1]
     ]
     expected = cv2.resize(photograph, out[::-1], interpolation=cv2.INTER_AREA).astype(int)
@@ -70,12 +70,24 @@ def test_pyramid_levels_are_opencvs(size, scale):
     assert (level != expected).mean() < (0.005 if scale <= 1 else 0.1)
 
 
+def by_products(photographs, owner, box, side):
+    return jax.lax.map(lambda pair: resample.crop_by_products(photographs, *pair, side), (owner, box))
+
+
+def by_sums(photographs, owner, box, side):
+    _, corners = resample.running_sums(photographs)
+    return jax.vmap(lambda owner, box: resample.crop_by_sums(photographs, corners, owner, box, side))(owner, box)
+
+
+WAYS = {"products": jax.jit(by_products, static_argnums=3), "sums": jax.jit(by_sums, static_argnums=3)}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @some
 @given(st.integers(0, 2**32 - 1), st.sampled_from([24, 48]))
-def test_crops_are_opencvs_with_black_outside(seed, side):
+def test_crops_are_opencvs_with_black_outside(way, seed, side):
     rng = np.random.default_rng(seed)
     photographs = rng.integers(0, 256, (2, 60, 80, 3), np.uint8)
-    _, corners = resample.running_sums(photographs)
     corner = rng.integers(-20, 50, (6, 2))
     extent = rng.integers(8, 90, (6, 1))
     box = np.concatenate([corner, corner + extent + rng.integers(0, 2, (6, 2))], 1).astype(np.int32)
@@ -83,16 +95,16 @@ def test_crops_are_opencvs_with_black_outside(seed, side):
     box[:, :2] = np.minimum(box[:, :2], [79, 59])
     box[:, 2:] = np.maximum(np.maximum(box[:, 2:], 2), box[:, :2] + 1)
     owner = rng.integers(0, 2, 6).astype(np.int32)
-    found = np.asarray(jax.jit(resample.crops, static_argnums=4)(photographs, corners, owner, box, side))
+    found = np.asarray(WAYS[way](photographs, owner, box, side))
     for index in range(6):
         expected = reference.cut(photographs[owner[index]], box[index], side)
         np.testing.assert_allclose(found[index], expected, atol=0.005)
 
 
-def test_sums_that_pass_two_to_the_31():
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_that_pass_two_to_the_31(way):
     """A white photograph of 3,000 x 3,000: the sum over it does not fit an int32, boxes of it are white all the same."""
     photographs = np.full((1, 3000, 3000, 3), 255, np.uint8)
-    _, corners = resample.running_sums(photographs)
     box = np.asarray([[2000, 2000, 2999, 2999], [1, 1, 3000, 3000]], np.int32)
-    found = np.asarray(jax.jit(resample.crops, static_argnums=4)(photographs, corners, np.zeros(2, np.int32), box, 24))
+    found = np.asarray(WAYS[way](photographs, np.zeros(2, np.int32), box, 24))
     np.testing.assert_allclose(found, 255, atol=0.01)
