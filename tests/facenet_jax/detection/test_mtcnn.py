@@ -107,10 +107,10 @@ def test_company_and_canvas_do_not_matter():
 
 
 @pytest.mark.parametrize("jpeg", [pytest.param("", marks=pytest.mark.slow), "ijg9"])
-def test_finds_what_the_original_finds_on_photographs(jpeg):
+def test_finds_what_the_original_finds_on_photographs(shared, jpeg):
     if jpeg:
         pytest.importorskip("jpeglib", reason="pip install -r requirements-legacy.txt")
-    golden = json.loads((SHARED / "golden" / "mtcnn_original.json").read_text())
+    golden = json.loads((shared / "golden" / "mtcnn_original.json").read_text())
     names = [name for name in photographs() if name in golden]
     opened = [images.open_photograph(photographs()[name], jpeg) for name in names]
     wanted = missed = extra = 0
@@ -126,10 +126,10 @@ def test_finds_what_the_original_finds_on_photographs(jpeg):
     assert max(missed, extra) <= (0 if jpeg else 3)
 
 
-def test_lfw_rectangles_are_the_originals():
+def test_lfw_rectangles_are_the_originals(shared):
     """500 photographs, decoded as the original's Pillow did: at least 99% of rectangles and landmarks within a pixel. Most within 0.01."""
     pytest.importorskip("jpeglib", reason="pip install -r requirements-legacy.txt")
-    golden = np.load(SHARED / "golden" / "lfw_mtcnn_original.npz")
+    golden = np.load(shared / "golden" / "lfw_mtcnn_original.npz")
     place = {str(name): i for i, name in enumerate(golden["names"])}
     names, data = lfw(7701 // 500)
     opened = [images.open_photograph(d, "ijg9") for d in data]
