@@ -229,7 +229,7 @@ def summed_over_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> 
 Groups = list[list[int]]
 
 
-def turns(count: int) -> tuple[Groups, ...]:
+def rounds_over(count: int) -> tuple[Groups, ...]:
     """Two rounds in which `count` devices reach each other, as rows and columns of the squarest table of them; one where there is no table."""
     width = next((n for n in range(math.isqrt(count), 1, -1) if count % n == 0), 0)
     if not width:
@@ -262,7 +262,7 @@ def map_rows(
     """
 
     # In one round XLA writes a scatter over a TPU's torus, and a gather over 64 chips and more, as a sum over all of them: twice the traffic.
-    rounds = turns(mesh.size) if mesh.devices.flat[0].platform == "tpu" else (None,)
+    rounds = rounds_over(mesh.size) if mesh.devices.flat[0].platform == "tpu" else (None,)
 
     def local(own: jax.Array, *rest: jax.Array) -> tuple[Any, jax.Array]:
         everything = gather_rows(own, rounds)

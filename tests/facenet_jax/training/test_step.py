@@ -60,24 +60,23 @@ def test_cached_gradient_equals_one_piece(batch, devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), statistics, expected_statistics)
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-def test_rematerialised_step_is_the_same_step(batch, microbatches):
+def test_rematerialised_step_is_the_same_step(batch):
     mesh = parallel.make_mesh(jax.devices()[:2])
     rows = np.arange(24)
-    kept, made_again = (run(mesh, microbatches, 1, rows, *batch, dropout=0.2, remat=remat) for remat in (False, True))
+    kept, made_again = (run(mesh, 1, 1, rows, *batch, dropout=0.2, remat=remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), made_again, kept)
 
 
 def test_rematerialisation_keeps_outputs_of_convolutions_and_blocks():
     network = models.create("small_resnet", embedding_size=8, stem=4, widths=(4, 8), depths=(1, 1))
     images = jnp.zeros((24, 32, 32, 3))
-    variables = network.init(jax.random.key(0), images, train=False)
-    forward = lambda params: network.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])[0]
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images, train=False))
+    forward = lambda variables: network.apply(variables, images, train=True, mutable=["batch_stats"])[0]
     again = jax.checkpoint(forward, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
 
     def kept(function):
         """Shapes of the maps that the backward pass is given."""
-        _, pull = jax.vjp(function, variables["params"])
+        pull = jax.eval_shape(lambda variables: jax.vjp(function, variables)[1], variables)
         return sorted(a.shape for a in jax.tree.leaves(pull) if 24 in a.shape and a.shape != images.shape)
 
     # The stem's two convolutions; a block's two and its sum; a second block's two, its shortcut and its sum.
