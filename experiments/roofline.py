@@ -21,7 +21,8 @@ class Chip:
 # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("System architecture", key specifications). The documents give a chip's links in both
 # directions together; half of it is taken here.
 CHIPS = {
-    "v4": Chip(275e12, 1228e9, 32 * 2**30, 2400e9 / 8 / 2),
+    # A topology's description gives each of a v4's two cores as a device; a real machine gives both as one.
+    "v4": Chip(275e12, 1228e9, 32 * 2**30, 2400e9 / 8 / 2, devices=2),
     "v5e": Chip(197e12, 819e9, 16 * 2**30, 1600e9 / 8 / 2),
     "v5p": Chip(459e12, 2765e9, 95 * 2**30, 4800e9 / 8 / 2),
     "v6e": Chip(918e12, 1640e9, 32 * 2**30, 3584e9 / 8 / 2),

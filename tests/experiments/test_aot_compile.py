@@ -156,7 +156,8 @@ def test_roofline_by_hand():
     assert limits.memory_s == pytest.approx(0.0244, abs=5e-5)
     assert limits.bound_by == "memory" and limits.step_s == limits.memory_s
     assert roofline.roofline(chip, 197e12, 1, 0).compute_s == pytest.approx(1)
-    # A device of tpu7x is half a chip.
+    # A device of tpu7x is half a chip, and so is one of v4.
+    assert roofline.roofline(roofline.CHIPS["v4"], 275e12 / 2, 1, 0).compute_s == pytest.approx(1)
     assert roofline.roofline(roofline.CHIPS["tpu7x"], 2307e12 / 2, 1, 0).compute_s == pytest.approx(1)
 
 
