@@ -37,8 +37,12 @@ _LOOPED = (
 def topology_devices(topology: str) -> list[Any]:
     """Devices of a topology like v5e:4x4; BadInput for one that the compiler does not know."""
     roofline.chip_of(topology)
-    # Without these, libtpu asks the metadata server of a cloud machine, and takes the lock of a TPU.
+    sides = re.fullmatch(r"\w+:(\d+)x(\d+)(x\d+)?", topology)
+    if not sides:
+        raise BadInput(f"topology {topology!r}: name a chip and its sides, like v5e:4x4 or v4:2x2x4")
+    # Without these, libtpu asks the metadata server of a cloud machine, and takes the lock of a TPU, which a killed process leaves behind.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
     try:
         import libtpu  # noqa: F401
@@ -46,8 +50,10 @@ def topology_devices(topology: str) -> list[Any]:
         raise BadInput("compiling for a TPU needs libtpu: pip install -r requirements-aot.txt") from None
     from jax.experimental import topologies
 
+    # A host has 2 x 2 chips, and fewer where the whole topology has.
+    host = (min(int(sides[1]), 2), min(int(sides[2]), 2), 1)
     try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
+        return list(topologies.get_topology_desc(topology, "tpu", chips_per_host_bounds=host).devices)
     except Exception as error:
         raise BadInput(f"topology {topology!r}: {str(error).splitlines()[0][:200]}") from None
 
@@ -107,7 +113,12 @@ def compile_for(config: ConfigDict, topology: str, rows_per_device: int, classes
         told = f"it needs {used[1]} of {used[2]}, {used[3]} too much" if used else text.splitlines()[0][:200]
         raise BadInput(f"{topology}: the step does not fit a chip's memory: {told}; fewer rows a device, or batch.microbatches") from None
     seconds = time.perf_counter() - started
-    text = compiled.as_text()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        raise BadInput(
+            f"{topology}: jaxlib {jax.lib.__version__} cannot read the program of this libtpu: pip install -r requirements-aot.txt has JAX's own"
+        ) from None
     if hlo is not None:
         hlo.write_text(text)
     cost = compiled.cost_analysis()

@@ -176,6 +176,9 @@ def test_the_very_step_is_lowered_for_any_devices():
 def test_what_is_refused():
     with pytest.raises(BadInput, match="no chip 'v9'"):
         roofline.chip_of("v9:2x2")
+    for topology in ("v5e", "v5e:4", "v5e:4by4"):
+        with pytest.raises(BadInput, match="a chip and its sides"):
+            aot_compile.topology_devices(topology)
     config = synthetic.get_config()
     with pytest.raises(BadInput, match="does not divide"):
         aot_compile.lower(config, jax.devices()[:8], 12, 100)
@@ -264,13 +267,13 @@ def test_compiles_for_a_tpu_that_is_not_there(tmp_path):
     done = run(
         "experiments.aot_compile",
         "--config=experiments/configs/synthetic.py",
-        "--topology=v5e:2x2,v6e:2x2",
+        "--topology=v5e:1x1,v5e:2x2,v6e:2x2,v5p:2x2x1,tpu7x:2x2x1,v4:2x2x1",
         f"--output={output}",
         *settings,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
-    assert [entry["chips"] for entry in found] == [4, 4]
+    assert [entry["chips"] for entry in found] == [1, 4, 4, 4, 4, 4]
     for entry in found:
         assert entry["flops_per_chip"] > 0 and entry["hbm_bytes_per_chip"] > 0 and entry["peak_hbm_bytes"] > 0
         assert {operation["op"] for operation in entry["collectives"]} >= {"all-gather", "all-reduce"}
