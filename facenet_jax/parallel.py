@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from facenet_jax.errors import BadInput, one_line_errors
+from facenet_jax.errors import BadInput, one_line_errors, say_error
 
 DATA = "data"
 
@@ -38,8 +39,8 @@ _ALONE = "the processes did not join within {} s: start the same command on ever
 
 
 def _last_word(text: str) -> subprocess.Popen:
-    """A child that says one line unless it hears a farewell. JAX ends a process from within when another one dies or does not come, by abort() and a
-    stack trace; no Python runs then."""
+    """A child that says one line unless it hears a farewell. JAX ends a process from within when another one dies, by abort() and a stack trace; no Python
+    runs then."""
     script = ["sh", "-c", 'read farewell || printf "error: %s\\n" "$0" >&2', text]
     return subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True)
 
@@ -52,20 +53,18 @@ def joined(
 
     At its end it waits for the others. An error ends this process at once, without waiting for hosts that wait for it: bad input in one line and
     exit code 2, as on one host, and so a connection that broke. A process of which nothing was heard for `heartbeat_s` seconds is dead, and the
-    others end. Where the hosts do not join within `timeout_s` JAX aborts; BadInput where they have different numbers of devices.
+    others end. Exit code 2 where the hosts do not join within `timeout_s`, or have different numbers of devices.
     """
     if not coordinator and not os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
         yield
         return
     if coordinator and (":" not in coordinator or not 0 <= process_index < process_count):
         raise BadInput(f"process {process_index} of {process_count} at {coordinator!r}: give address:port and an index below the count")
-    last_word = _last_word(_ALONE.format(timeout_s, coordinator or "the coordinator"))
-    leader, code, gone = process_index == 0, 0, False
+    last_word, leader, code, gone = None, process_index == 0, 0, False
     try:
         with one_line_errors():
             _join(coordinator, process_count, process_index, timeout_s, heartbeat_s)
             leader = is_first_process()
-            last_word.communicate(b"farewell\n")
             last_word = _last_word(_GONE)
             _meet()
             yield
@@ -85,7 +84,7 @@ def joined(
             code = 1
     if code == 0:
         jax.distributed.shutdown()
-    if not gone:
+    if last_word and not gone:
         last_word.communicate(b"farewell\n")
     if code:
         sys.stdout.flush()
@@ -96,10 +95,23 @@ def joined(
 
 def _join(coordinator: str, process_count: int, process_index: int, timeout_s: int, heartbeat_s: int) -> None:
     join = partial(jax.distributed.initialize, coordinator, process_count, process_index) if coordinator else jax.distributed.initialize
+    alone = _ALONE.format(timeout_s, coordinator or "the coordinator")
+
+    def give_up() -> None:
+        code = say_error(alone)
+        time.sleep(_GRACE_S if process_index == 0 else 0)
+        os._exit(code)
+
+    # JAX would wait as long and then abort the process from within.
+    patience = threading.Timer(timeout_s, give_up)
+    patience.daemon = True
+    patience.start()
     try:
-        join(initialization_timeout=timeout_s, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=_SHUTDOWN_S)
+        join(initialization_timeout=timeout_s + 60, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=_SHUTDOWN_S)
     except (RuntimeError, ValueError) as error:
-        raise BadInput(f"{_ALONE.format(timeout_s, coordinator or 'the coordinator')} ({str(error).splitlines()[0][:200]})") from None
+        raise BadInput(f"{alone} ({str(error).splitlines()[0][:200]})") from None
+    finally:
+        patience.cancel()
     # JAX has set a handler of its own that would swallow the signal; the training loop sets its own, and before that a signal ends the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

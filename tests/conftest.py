@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
-# Eight devices on two busy cores may wait for each other longer than the 40 seconds after which XLA ends the process. Tests compile much and compute
-# little: LLVM's passes would take a third of the suite's time. XLA_FLAGS=--xla_backend_optimization_level=3 before pytest has them.
+from tests.one_device import ONE_DEVICE
+
+# Eight devices on two busy cores may wait for each other longer than the 40 seconds after which XLA ends the process.
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
+        ONE_DEVICE,
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",

@@ -12,6 +12,7 @@ from experiments import aot_compile, roofline
 from experiments.benchmarks import scaling
 from experiments.configs import facenet, synthetic
 from facenet_jax.errors import BadInput
+from tests.one_device import ONE_DEVICE
 
 # As JAX 0.10 prints it: operands without shapes; layouts, tiles and memory spaces of a TPU.
 HLO = """
@@ -214,7 +215,7 @@ def test_a_loop_body_is_counted_once():
 
 
 def run(*arguments):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment, check=False)
 
 

@@ -17,6 +17,7 @@ from experiments.benchmarks import embed, mining, timing, train_step
 from facenet_jax import models
 from facenet_jax.errors import BadInput
 from facenet_jax.weights.portable import Weights, save_weights
+from tests.one_device import ONE_DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"stem": 4, "widths": (4, 8), "depths": (1, 1), "embedding_size": 16}
@@ -202,7 +203,7 @@ def test_mining_as_a_command(tmp_path):
         "--repeats=1",
         f"--output={output}",
     ]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads(output.read_text())

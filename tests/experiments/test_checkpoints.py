@@ -14,6 +14,7 @@ import pytest
 
 from facenet_jax.errors import BadInput
 from facenet_jax.training.checkpoints import Checkpoints, saved_steps
+from tests.one_device import ONE_DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 resource = pytest.importorskip("resource")
@@ -121,7 +122,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(people, 
     workdir = small_disk / "run"
     command = [sys.executable, "-m", "experiments.train", f"--config={tmp_path / 'wide.py'}", f"--workdir={workdir}"]
     command += [f"--config.data.records={people}"]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     words = f"error: {workdir}/checkpoints: a checkpoint cannot be written (No space left on device); the last whole checkpoint, of step 1, is kept"
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(words) and "Traceback" not in done.stderr, done.stderr

@@ -20,13 +20,18 @@ from facenet_jax.errors import BadInput
 from facenet_jax.evaluation import pairs as verification
 from facenet_jax.inference import Embedder
 from facenet_jax.weights.portable import Weights, load_weights, save_weights
+from tests.one_device import ONE_DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(module, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
     )
 
 

@@ -19,6 +19,7 @@ from facenet_jax import models, parallel
 from facenet_jax.errors import BadInput
 from facenet_jax.training import loop
 from facenet_jax.weights.portable import load_weights
+from tests.one_device import ONE_DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -222,7 +223,7 @@ def command(people, tmp_path):
 
 @pytest.fixture
 def environment(tmp_path):
-    return {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    return {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
 
 def start_and_wait(command, environment, workdir, count):
@@ -283,7 +284,7 @@ def test_a_damaged_record_ends_the_run_by_name(command, people, tmp_path):
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
     command = [part for part in command(tmp_path / "run", f"--config.data.records={damaged}") if str(people) not in part]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ONE_DEVICE})
     assert done.returncode == 2, done.stderr
     # The line of ours: Python may add a word of its own about the workers' memory.
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -302,7 +303,7 @@ def test_a_damaged_record_ends_the_run_by_name(command, people, tmp_path):
 )
 def test_mistyped_command_lines(command, tmp_path, arguments, words):
     done = subprocess.run(
-        command(tmp_path / "run", *arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
+        command(tmp_path / "run", *arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ONE_DEVICE}
     )
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
