@@ -7,7 +7,7 @@ photograph.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,47 +119,39 @@ def _propose(params: Any, columns: Array, size: Array, level_sizes: Array, scale
     maps: Any = PNet().apply({"params": params}, _standardise(picture)[None], inside[None])
     # x before y, as the original lists them: it decides among equal scores.
     scores, corrections = (a[0].swapaxes(0, 1) for a in maps)
-    box, correction, score = _windows(scores, corrections, places, canvases, level_sizes, scales, settings)
+    found = [
+        _windows(scores, corrections, place, canvas, out, scale, settings)
+        for place, canvas, out, scale in zip(places, canvases, level_sizes, scales, strict=True)
+    ]
+    box, correction, score = (jnp.stack(parts) for parts in zip(*found, strict=True))
     score = jnp.where(boxes.suppress(box, score, 0.5, False), score, -jnp.inf)
     return box.reshape(-1, 4), correction.reshape(-1, 4), score.reshape(-1)
 
 
 def _windows(
-    scores: Array,
-    corrections: Array,
-    places: list[tuple[int, int]],
-    canvases: list[tuple[int, int]],
-    level_sizes: Array,
-    scales: tuple[float, ...],
-    settings: Settings,
+    scores: Array, corrections: Array, place: tuple[int, int], canvas: tuple[int, int], out: Array, scale: float, settings: Settings
 ) -> tuple[Array, Array, Array]:
-    """The best windows of each level in a mosaic's maps [x, y]: boxes [levels, k, 4], corrections [levels, k, 4], scores [levels, k], k = settings.proposals."""
-    count = settings.proposals
-    cells = np.asarray(canvases) // _STRIDE - 5
-    corner = np.asarray(places) // _STRIDE
-    # Of odd sides the last pool is half empty; a side below a cell has no window.
-    filled = jnp.where((level_sizes >= _CELL).all(1, keepdims=True), (level_sizes - _CELL + 1) // _STRIDE + 1, 0)
-
-    def best(level: int) -> tuple[Array, Array]:
-        (top, left), (high, wide) = corner[level], cells[level]
-        score = scores[left : left + wide, top : top + high]
-        there = _before((wide, high), filled[level, ::-1]) & (score >= settings.thresholds[0])
-        score, cell = _best(jnp.where(there, score, -jnp.inf).reshape(1, -1), count)
-        fill = (0, count - score.shape[1])
-        return jnp.pad(score[0], fill, constant_values=-jnp.inf), jnp.pad(cell[0], fill)
-
-    score, cell = (jnp.stack(parts) for parts in zip(*map(best, range(len(scales))), strict=True))
-    high = jnp.asarray(cells[:, :1])
-    x, y = cell // high, cell % high
+    """The best windows of the level at `place` in a mosaic's maps [x, y]: boxes [k, 4], corrections [k, 4], scores [k], k = settings.proposals."""
+    high, wide = (side // _STRIDE - 5 for side in canvas)
+    top, left = (side // _STRIDE for side in place)
+    score, correction = (a[left : left + wide, top : top + high] for a in (scores, corrections))
+    # Of odd sides the last pool is half empty.
+    filled = ((out - _CELL + 1) // _STRIDE + 1)[::-1]
+    there = _before((wide, high), filled) & (out >= _CELL).all()
+    score, cell = _best(jnp.where(there & (score >= settings.thresholds[0]), score, -jnp.inf).reshape(1, -1), settings.proposals)
+    x, y = jnp.divmod(cell[0], high)
     # From tables in float64: a quotient that should be whole decides which pixel is meant.
-    window = _STRIDE * np.arange(cells.max()) + np.asarray([1, _CELL])[:, None, None]
-    begin, end = jnp.asarray(np.trunc(window / np.asarray(scales)[:, None]), jnp.float32)
-    at = partial(jnp.take_along_axis, axis=1)
-    box = jnp.stack([at(begin, x), at(begin, y), at(end, x), at(end, y)], -1)
+    edge = lambda cells: jnp.asarray(np.trunc((_STRIDE * np.arange(max(wide, high)) + cells) / scale), jnp.float32)
+    begin, end = edge(1), edge(_CELL)
+    box = jnp.stack([begin[x], begin[y], end[x], end[y]], -1)
     # The original turns the corrections of a level with a single candidate over (generateBoundingBox): 1.2% of LFW's boxes follow from it.
-    alone = jnp.isfinite(score).sum(1, keepdims=True) == 1
-    x = jnp.where(alone, filled[:, 1:] - 1 - x, x)
-    return box, corrections[x + corner[:, 1:], y + corner[:, :1]], score
+    x = jnp.where(jnp.isfinite(score[0]).sum() == 1, filled[0] - 1 - x, x)
+    fill = (0, settings.proposals - len(box))
+    return (
+        jnp.pad(box, (fill, (0, 0))),
+        jnp.pad(correction[x, y], (fill, (0, 0))),
+        jnp.pad(score[0], fill, constant_values=-jnp.inf),
+    )
 
 
 def _before(canvas: tuple[int, ...], size: Array) -> Array:
