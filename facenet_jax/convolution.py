@@ -69,18 +69,20 @@ def _kernel_gradient_by_patches(x: Array, dy: Array, shape: tuple[int, ...], str
     count = x.shape[0]
     # Two turns at least: a loop of one is unrolled, and what makes x fused into the transposed copy that its product then wants.
     chunk = max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or (c < count and c * floats_per_image <= _PATCH_FLOATS)))
+    sizes = window[0] * window[1] * x.shape[-1], dy.shape[-1]
+    # A product of rows with rows turns its first factor over: the narrow one (a fifth to a half faster, the wide one being patches as a rule).
+    narrow = 0 if sizes[0] <= sizes[1] else 1
 
     def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         images, gradients = pair
-        columns = _patches(images, window, stride, pads)
-        rows = gradients.reshape(-1, gradients.shape[-1])
-        product = lax.dot_general(columns, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        factors = _patches(images, window, stride, pads), gradients.reshape(-1, gradients.shape[-1])
+        product = lax.dot_general(factors[narrow], factors[1 - narrow], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return total + product, None
 
     split = lambda a: a.reshape(count // chunk, chunk, *a.shape[1:])
-    zero = jnp.zeros((window[0] * window[1] * x.shape[-1], dy.shape[-1]), jnp.float32)
+    zero = jnp.zeros((sizes[narrow], sizes[1 - narrow]), jnp.float32)
     total, _ = lax.scan(add, zero, (split(x), split(dy)))
-    return total.reshape(shape).astype(x.dtype)
+    return (total.T if narrow else total).reshape(shape).astype(x.dtype)
 
 
 def _squares(x: Array) -> Array:
