@@ -1,5 +1,6 @@
-"""What every command line here shares: one-line errors, the compilation cache, small files."""
+"""What every command line here shares: one-line errors, the compilation cache and memory, small files."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -68,11 +69,27 @@ def command() -> str:
     return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, so that a second start of the same config compiles nothing."""
+def set_up_jax() -> None:
+    """Keeps compiled programs between runs, so that a second start of the same config compiles nothing, and memory between steps."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facenet_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, where its C library is glibc.
+
+    XLA's CPU backend takes and frees all memory of a step in every step, and glibc gives large blocks back to the kernel, which clears each page again:
+    222,000 page faults and a tenth to a third of the time of a step of Inception-ResNet-v1.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of malloc.h: no block of its own mapping, none given back, one heap for all threads.
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):
+        mallopt(option, value)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
