@@ -53,7 +53,6 @@ def main(_: list[str]) -> None:
     if not FLAGS.photographs:
         raise BadInput("--photographs is needed: a folder of folders, zip or tar")
     timing.use_cores(FLAGS.cores)
-    command_line.keep_freed_memory()
     pretrained.fetch("mtcnn")
     listed = folders(Path(FLAGS.photographs))
     step = max(len(listed) // FLAGS.images, 1)

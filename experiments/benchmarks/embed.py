@@ -158,7 +158,6 @@ def measure(embedder: Embedder, peers: dict[str, Engine], batches: list[int], re
 def main(_: list[str]) -> None:
     """Command line."""
     timing.use_cores(FLAGS.cores)
-    command_line.keep_freed_memory()
     embedder = facenet_jax.load(FLAGS.weights)
     batches = [int(text) for text in FLAGS.batches if text.isdecimal() and int(text)]
     if len(batches) < len(FLAGS.batches) or not batches:
