@@ -295,6 +295,7 @@ def measure(setup: Setup, peer: bool, repeats: int, profile: str = "", side: int
 def main(_: list[str]) -> None:
     """Command line."""
     timing.use_cores(FLAGS.cores)
+    # As training does; PyTorch gains from it too, being in the same process.
     command_line.keep_freed_memory()
     # Both libraries must fit on the accelerator: JAX takes what it needs, not three quarters of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
