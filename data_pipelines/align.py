@@ -221,7 +221,7 @@ def main(_: list[str]) -> None:
     """Command line."""
     if not FLAGS.input or not FLAGS.output:
         raise BadInput("--input and --output are needed")
-    command_line.set_up_jax()
+    command_line.use_compilation_cache()
     if Path(FLAGS.input).resolve() in (Path(FLAGS.output).resolve(), *Path(FLAGS.output).resolve().parents):
         raise BadInput(f"{FLAGS.output} lies in {FLAGS.input}, and would be read as photographs the next time: choose another --output")
     listed = photographs(Path(FLAGS.input), FLAGS.layout)

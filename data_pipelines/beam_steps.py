@@ -121,7 +121,7 @@ class Convert(beam.DoFn):
         what = self.job.detection
         self._detector = cache(lambda: detection.create(what.detector, **dict(what.settings))) if what else None
         if what:
-            command_line.set_up_jax()
+            command_line.use_compilation_cache()
             if what.detector == "mtcnn":
                 pretrained.fetch("mtcnn")
 

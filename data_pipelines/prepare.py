@@ -213,7 +213,7 @@ def job_of_flags() -> Job:
     records.check_absent(output)
     found = taken(photographs(Path(FLAGS.input), FLAGS.layout), FLAGS.exclude)
     if FLAGS.align:
-        command_line.set_up_jax()
+        command_line.use_compilation_cache()
         how, what = alignment_of_flags(FLAGS.size or 160), detection_of_flags()
         settings = Settings(how.size, FLAGS.form, how, FLAGS.no_face == "middle", FLAGS.jpeg)
         return Job(found, output, settings, {"method": how.method, **asdict(how), "detection": asdict(what)}, what)

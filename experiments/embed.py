@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 
 def main(_: list[str]) -> None:
     """Command line."""
-    command_line.set_up_jax()
+    command_line.use_compilation_cache()
     if not FLAGS.weights or not FLAGS.records:
         raise BadInput("--weights and --records are needed")
     source = sources.open_source(FLAGS.records, FLAGS.split)

@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 
 def main(_: list[str]) -> None:
     """Command line."""
-    command_line.set_up_jax()
+    command_line.use_compilation_cache()
     if bool(FLAGS.weights) == bool(FLAGS.embeddings) or not FLAGS.pairs:
         raise BadInput("give --pairs and either --weights with --records, or --embeddings")
     pairs = verification.read_pairs(Path(FLAGS.pairs))

@@ -192,7 +192,8 @@ def run(config: ConfigDict, workdir: Path, data_dir: Path, force: bool = False) 
 
 def main(_: list[str]) -> None:
     """Command line."""
-    command_line.set_up_jax()
+    command_line.use_compilation_cache()
+    command_line.keep_freed_memory()
     config = FLAGS.config
     name = Path(config_flags.get_config_filename(FLAGS["config"])).stem
     with parallel.joined(FLAGS.coordinator, FLAGS.process_count, FLAGS.process_index, FLAGS.start_timeout, FLAGS.heartbeat_timeout):

@@ -69,12 +69,11 @@ def command() -> str:
     return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
 
 
-def set_up_jax() -> None:
-    """Keeps compiled programs between runs, so that a second start of the same config compiles nothing, and memory between steps."""
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that a second start of the same config compiles nothing."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facenet_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
