@@ -60,10 +60,11 @@ def test_cached_gradient_equals_one_piece(batch, devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), statistics, expected_statistics)
 
 
-def test_rematerialised_step_is_the_same_step(batch):
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_rematerialised_step_is_the_same_step(batch, microbatches):
     mesh = parallel.make_mesh(jax.devices()[:2])
     rows = np.arange(24)
-    kept, made_again = (run(mesh, 1, 1, rows, *batch, dropout=0.2, remat=remat) for remat in (False, True))
+    kept, made_again = (run(mesh, microbatches, 1, rows, *batch, dropout=0.2, remat=remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), made_again, kept)
 
 
