@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from facenet_jax import winograd
 from facenet_jax.parallel import summed_over_rows
+from facenet_jax.windows import Padding, explicit_padding, from_phases, places_of_windows
 
 Array = jax.Array
-Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Patches of about this many floats fit a CPU core's cache while their weight gradient is one matrix product.
@@ -33,24 +34,6 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
         dimension_numbers=_DIMENSIONS,
         precision=precision_for(x.dtype),
     )
-
-
-def explicit_padding(size: tuple[int, ...], window: tuple[int, ...], stride: int, padding: Padding) -> list[tuple[int, ...]]:
-    """(low, high) padding of height and width for "SAME", "VALID" or explicit pairs."""
-    if not isinstance(padding, str):
-        return [tuple(pair) for pair in padding]
-    return [tuple(pair) for pair in lax.padtype_to_pads(size, window, (stride, stride), padding)]
-
-
-def places_of_windows(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]], fill: float = 0) -> list[Array]:
-    """The first, second, ... place, row by row, of all windows of x [n, h, w, c]: each [n, out_h, out_w, c]."""
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
-    out = [(padded.shape[1 + a] - window[a]) // stride + 1 for a in (0, 1)]
-    return [
-        padded[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
 
 
 def _patches(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]) -> Array:
@@ -115,17 +98,6 @@ def _convolve_image(x: Array, kernel: Array, stride: int, padding: Padding) -> A
     return apart.reshape(y.shape[0], count[0] * places, count[1] * places, features)[:, : out[0], : out[1]]
 
 
-def from_phases(
-    phase: Callable[[int, int, list[int]], Array], size: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]
-) -> Array:
-    """The map [n, *size, c] made of phase(a, b, count) [n, *count, c]: with its padding, its places a, a + stride, ... by b, b + stride, ..."""
-    count = [-(-(side + sum(pad)) // stride) for side, pad in zip(size, pads)]
-    together = jnp.stack([jnp.stack([phase(a, b, count) for b in range(stride)], 3) for a in range(stride)], 2)
-    padded = together.reshape(together.shape[0], count[0] * stride, count[1] * stride, together.shape[-1])
-    (top, _), (left, _) = pads
-    return padded[:, top : top + size[0], left : left + size[1]]
-
-
 def _image_gradient_by_phases(dy: Array, kernel: Array, size: tuple[int, ...], stride: int, padding: Padding) -> Array:
     """Gradient of a strided convolution's image as a convolution for each phase of the stride, with that phase's part of the kernel.
 
@@ -152,7 +124,8 @@ def _is_product(kernel: Array, stride: int, padding: Padding) -> bool:
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """Convolution of x [n, h, w, c] with kernel [kh, kw, c, d].
 
-    On a CPU 1x1 kernels run as a matrix product (a TPU would flatten x for it, which is another layout there), images as `_convolve_image` says.
+    On a CPU 1x1 kernels run as a matrix product (a TPU would flatten x for it, which is another layout there), images as `_convolve_image` says, 3x3
+    kernels of many channels by `winograd`.
     """
     convolution = lambda a, k: convolve(a, k, stride, padding)
     if _is_product(kernel, stride, padding):
@@ -160,6 +133,9 @@ def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     if x.shape[-1] <= 4 and stride <= 2:
         image = lambda a, k: _convolve_image(a, k, stride, padding)
         return lax.platform_dependent(x, kernel, cpu=image, default=convolution)
+    pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
+    if x.dtype == jnp.float32 and winograd.pays(x.shape, kernel.shape, stride, pads):
+        return lax.platform_dependent(x, kernel, cpu=partial(winograd.convolve, pads=pads), default=convolution)
     return convolution(x, kernel)
 
 
@@ -180,15 +156,21 @@ def _conv2d_backward(stride: int, padding: Padding, saved: tuple[Array, Array], 
     def kernel_by_xla(a: Array, b: Array) -> Array:
         return jax.vjp(lambda k: convolve(a, k, stride, padding), kernel)[1](b)[0]
 
+    pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
     image_on_cpu: Callable[[Array, Array], Array] = image_by_xla
+    kernel_on_cpu: Callable[[Array, Array], Array] = partial(
+        _kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding
+    )
     if _is_product(kernel, stride, padding):
         image_on_cpu = lambda b, k: _product(b, k.swapaxes(2, 3))
     elif stride > 1:
         image_on_cpu = partial(_image_gradient_by_phases, size=x.shape[1:3], stride=stride, padding=padding)
-    by_patches = partial(_kernel_gradient_by_patches, shape=kernel.shape, stride=stride, padding=padding)
-    kernel_on_cpu = partial(summed_over_rows, by_patches)
+    elif x.dtype == jnp.float32 and winograd.pays(x.shape, kernel.shape, stride, pads):
+        around = [(2 - low, 2 - high) for low, high in pads]
+        image_on_cpu = lambda b, k: winograd.convolve(b, jnp.flip(k, (0, 1)).swapaxes(2, 3), around)
+        kernel_on_cpu = partial(winograd.kernel_gradient, pads=pads)
     dx = lax.platform_dependent(dy, kernel, cpu=image_on_cpu, default=image_by_xla)
-    return dx, lax.platform_dependent(x, dy, cpu=kernel_on_cpu, default=kernel_by_xla)
+    return dx, lax.platform_dependent(x, dy, cpu=partial(summed_over_rows, kernel_on_cpu), default=kernel_by_xla)
 
 
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from facenet_jax.convolution import Padding, conv2d, explicit_padding, from_phases, places_of_windows, precision_for
+from facenet_jax.convolution import conv2d, precision_for
 from facenet_jax.errors import BadInput
+from facenet_jax.windows import Padding, explicit_padding, from_phases, places_of_windows
 
 Array = jax.Array
 
@@ -215,15 +216,19 @@ def _pool_gradient_by_phases(x: Array, dy: Array, window: int, stride: int, padd
     taken = jnp.zeros(dy.shape, jnp.uint8)
     for index, values in enumerate(others, 1):
         best, taken = jnp.maximum(best, values), jnp.where(values > best, jnp.uint8(index), taken)
+    # A window reaches so far into the phases before its own; made here, once, and padded here, what a phase sums are slices.
+    reach = (window - 1) // stride
+    around = [(reach, -(-(x.shape[1 + a] + sum(pads[a])) // stride) - dy.shape[1 + a]) for a in (0, 1)]
+    pad = lambda a, fill: jnp.pad(a, ((0, 0), *around, (0, 0)), constant_values=fill)
+    taken, dy = lax.optimization_barrier((pad(taken, window * window), pad(dy, 0)))
 
     def phase(a: int, b: int, count: list[int]) -> Array:
         total = jnp.zeros((dy.shape[0], *count, dy.shape[3]), dy.dtype)
         for i in range(a, window, stride):
             for j in range(b, window, stride):
-                given = jnp.where(taken == i * window + j, dy, 0)
-                before = i // stride, j // stride
-                around = [(before[axis], count[axis] - dy.shape[1 + axis] - before[axis]) for axis in (0, 1)]
-                total += jnp.pad(given, ((0, 0), *around, (0, 0)))
+                top, left = reach - i // stride, reach - j // stride
+                there = slice(None), slice(top, top + count[0]), slice(left, left + count[1])
+                total += jnp.where(taken[there] == i * window + j, dy[there], 0)
         return total
 
     return from_phases(phase, x.shape[1:3], stride, pads)

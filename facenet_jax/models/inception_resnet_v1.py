@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from facenet_jax.convolution import Padding
 from facenet_jax.layers import BatchNorm, Conv, Dense, add_relu, convolve_together, max_pool, normalize_together
+from facenet_jax.windows import Padding
 
 
 class _ConvNorm(nn.Module):

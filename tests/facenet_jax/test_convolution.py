@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facenet_jax import convolution
+from facenet_jax import convolution, windows
 
 
 def conv_loops(x, kernel, stride, pads):
@@ -43,7 +43,7 @@ def test_convolution_and_its_gradients(window, stride, padding, channels):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 9, 8, channels)).astype(np.float32)
     kernel = rng.normal(size=(*window, channels, 5)).astype(np.float32)
-    pads = convolution.explicit_padding((9, 8), window, stride, padding)
+    pads = windows.explicit_padding((9, 8), window, stride, padding)
     expected = conv_loops(x, kernel, stride, pads)
     out, pull = jax.vjp(lambda a, k: convolution.conv2d(a, k, stride, padding), jnp.asarray(x), jnp.asarray(kernel))
     np.testing.assert_allclose(out, expected, atol=1e-4)
