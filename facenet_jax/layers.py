@@ -46,16 +46,17 @@ class Conv(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
 
     def __call__(self, x: Array) -> Array:
-        kernel, bias = self.variables_of(x.shape[-1])
-        y = checkpoint_name(conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding), KEPT)
-        return y if bias is None else y + bias.astype(self.dtype)
+        return convolve_together([self], x)
 
 
 def convolve_together(convolutions: Sequence[Conv], x: Array) -> Array:
     """Convolutions of equal settings that read the same x, as one: their outputs side by side, x read once, its gradient made once."""
     first = convolutions[0]
-    kernel = jnp.concatenate([c.variables_of(x.shape[-1])[0] for c in convolutions], -1)
-    return checkpoint_name(conv2d(x.astype(first.dtype), kernel.astype(first.dtype), first.stride, first.padding), KEPT)
+    variables = [c.variables_of(x.shape[-1]) for c in convolutions]
+    kernel = jnp.concatenate([kernel for kernel, _ in variables], -1)
+    y = checkpoint_name(conv2d(x.astype(first.dtype), kernel.astype(first.dtype), first.stride, first.padding), KEPT)
+    biases = [bias for _, bias in variables if bias is not None]
+    return y + jnp.concatenate(biases).astype(first.dtype) if biases else y
 
 
 class Dense(nn.Module):

@@ -202,7 +202,7 @@ def _detect(params: Any, photographs: Array, sizes: Array, level_sizes: Array, s
 
     def stage(network: Any, name: str, side: int, chunk: int, box: Array, score: Array, outputs: int) -> Array:
         def run(owner: Array, box: Array) -> Array:
-            crops = resample.crops(photographs, corners, owner, box, side)
+            crops = resample.crops(photographs, columns, corners, owner, box, side)
             found, *rest = network.apply({"params": params[name]}, _standardise(crops))
             return jnp.concatenate([found[:, None], *rest], -1)
 

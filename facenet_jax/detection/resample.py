@@ -14,7 +14,7 @@ from jax import lax
 Array = jax.Array
 
 # Intervals of a resized row that are made together.
-_BLOCK = 64
+_BLOCK = 16
 # Sides of the pieces of a photograph from which a CPU makes crops.
 _WINDOWS = (32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 
@@ -57,10 +57,14 @@ def shrink(columns: Array, size: Array, out: Array, canvas: tuple[int, int], sca
         return columns[whole], (places - whole)[:, None, None] * (columns[whole + 1] - columns[whole])
 
     start, end = intervals(size[0], out[0], canvas[0], shrinks)
-    (above, above_part), (below, below_part) = down_to(start), down_to(end)
-    # Whole sums are subtracted as integers: as float32 they would lose what decides the rounding.
-    rows = ((below - above) + (below_part - above_part)) / jnp.maximum(end - start, 1e-6)[:, None, None]
+    rows = _between(down_to(start), down_to(end)) / jnp.maximum(end - start, 1e-6)[:, None, None]
     return jnp.round(_means(rows, *intervals(size[1], out[1], canvas[1], shrinks), reach))
+
+
+def _between(above: tuple[Array, Array], below: tuple[Array, Array]) -> Array:
+    """What lies between two running sums, each a whole one and a part of the next row. Whole sums are subtracted as integers: as float32 they would
+    lose what decides the rounding."""
+    return (below[0] - above[0]) + (below[1] - above[1])
 
 
 def _means(rows: Array, start: Array, end: Array, reach: int) -> Array:
@@ -112,35 +116,37 @@ def _boundaries(size: Array, out: int, corner: Array, limit: int) -> tuple[Array
     return whole, place - whole
 
 
-def crops(photographs: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
-    """Boxes of photographs, resized: photographs uint8 [b, h, w, 3], corners of `running_sums`, owner [n], box [n, 4] int -> [n, side, side, 3] float32.
+def crops(photographs: Array, columns: Array, corners: Array, owner: Array, box: Array, side: int) -> Array:
+    """Boxes of photographs, resized: photographs uint8 [b, h, w, 3], columns and corners of `running_sums`, owner [n], box [n, 4] int -> [n, side, side, 3] float32.
 
     Boxes have both corners inside and count from 1; what lies outside the photograph is black. An accelerator takes all together, a CPU one by one.
     """
     if jax.default_backend() == "cpu":
-        return lax.map(lambda pair: crop_by_products(photographs, pair[0], pair[1], side), (owner, box))
+        return lax.map(lambda pair: crop_by_columns(columns, pair[0], pair[1], side), (owner, box))
     return jax.vmap(lambda owner, box: crop_by_sums(photographs, corners, owner, box, side))(owner, box)
 
 
-def crop_by_products(photographs: Array, owner: Array, box: Array, side: int) -> Array:
-    """One of `crops` [side, side, 3], as products of shares with a piece of the photograph about as large as the box."""
-    limits = photographs.shape[1:3]
+def crop_by_columns(columns: Array, owner: Array, box: Array, side: int) -> Array:
+    """One of `crops` [side, side, 3], as `shrink` does it, of a piece of the photograph about as wide as the box."""
+    height, width = columns.shape[1] - 1, columns.shape[2]
     corner, size = _placed(box)
-    shrinks = (size >= side).all()
+    (top, bottom), (start, end) = (intervals(size[axis], side, side, (size >= side).all()) for axis in (0, 1))
 
     def from_window(window: int) -> Array:
-        sides = [min(window, limit) for limit in limits]
-        at = jnp.clip(corner, 0, jnp.asarray(limits) - jnp.asarray(sides))
-        pixels = lax.dynamic_slice(photographs, (owner, at[0], at[1], 0), (1, *sides, 3))[0].astype(jnp.float32)
+        left = jnp.clip(corner[1], 0, width - window)
+        row_at = jax.vmap(lambda row: lax.dynamic_slice(columns, (owner, row, left, 0), (1, 1, window, 3))[0, 0])
 
-        def shares(axis: int) -> Array:
-            start, end = intervals(size[axis], side, side, shrinks)
-            return _shares(corner[axis] + start, corner[axis] + end, at[axis] + jnp.arange(sides[axis]))
+        def down_to(places: Array) -> tuple[Array, Array]:
+            inside = jnp.clip(corner[0] + places, 0, height)
+            whole = jnp.minimum(inside.astype(jnp.int32), height - 1)
+            sums = row_at(whole)
+            return sums, (inside - whole)[:, None, None] * (row_at(whole + 1) - sums)
 
-        return jnp.einsum("jw,iwc->ijc", shares(1), jnp.einsum("ih,hwc->iwc", shares(0), pixels))
+        rows = _between(down_to(top), down_to(bottom)) / (bottom - top)[:, None, None]
+        return jnp.einsum("jw,iwc->ijc", _shares(corner[1] + start, corner[1] + end, left + jnp.arange(window)), rows)
 
-    windows = [*(window for window in _WINDOWS if window < max(limits)), max(limits)]
-    larger = [(size > window).any().astype(jnp.int32) for window in windows[:-1]]
+    windows = [*(window for window in _WINDOWS if window < width), width]
+    larger = [(size[1] > window).astype(jnp.int32) for window in windows[:-1]]
     return lax.switch(sum(larger, jnp.zeros((), jnp.int32)), [partial(from_window, window) for window in windows])
 
 
