@@ -36,6 +36,11 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     )
 
 
+def convolve_valid(x: Array, kernel: Array) -> Array:
+    """The same of stride 1, without padding."""
+    return convolve(x, kernel, 1, "VALID")
+
+
 def _patches(x: Array, window: tuple[int, ...], stride: int, pads: Sequence[tuple[int, ...]]) -> Array:
     """[n, h, w, c] -> [n * out_h * out_w, window * c], rows in the order of a reshaped HWIO kernel."""
     return jnp.concatenate(places_of_windows(x, window, stride, pads), -1).reshape(-1, window[0] * window[1] * x.shape[-1])
@@ -74,8 +79,8 @@ def _squares(x: Array) -> Array:
     return x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h // 2, w // 2, 4 * c)
 
 
-def _convolve_by_squares(x: Array, kernel: Array, padding: Padding) -> Array:
-    """A convolution of stride 2 of an image with few channels as one of stride 1 with four times as many: two by two pixels are one.
+def convolve_by_squares(x: Array, kernel: Array, padding: Padding, inner: Callable[[Array, Array], Array] = convolve_valid) -> Array:
+    """A convolution of stride 2 of an image with few channels as one of stride 1 with four times as many, `inner`: two by two pixels are one.
 
     Three channels leave most of a CPU's vector units idle.
     """
@@ -87,7 +92,20 @@ def _convolve_by_squares(x: Array, kernel: Array, padding: Padding) -> Array:
     ends = [2 * (count[a] + size[a] - 1) - pads[a][0] - x.shape[1 + a] for a in (0, 1)]
     padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (pads[0][0], ends[0], 0), (pads[1][0], ends[1], 0), (0, 0, 0)])
     whole = jnp.pad(kernel, (*((0, 2 * size[a] - window[a]) for a in (0, 1)), (0, 0), (0, 0)))
-    return convolve(_squares(padded), _squares(whole.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0), 1, "VALID")
+    return inner(_squares(padded), _squares(whole.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0))
+
+
+def convolve_by_rows(x: Array, kernel: Array) -> Array:
+    """A convolution of stride 1 without padding as one matrix product: of what a kernel's row reads, with all its rows; their outputs are added, shifted.
+
+    For few channels of maps that stay in a CPU's cache: of larger ones what is written in between costs more than the product gains.
+    """
+    (high, wide), features = kernel.shape[:2], kernel.shape[3]
+    count = [x.shape[1 + a] - kernel.shape[a] + 1 for a in (0, 1)]
+    read = jnp.concatenate([x[:, :, j : j + count[1]] for j in range(wide)], -1)
+    y = jnp.dot(read, kernel.transpose(1, 2, 0, 3).reshape(read.shape[-1], high * features), precision=precision_for(x.dtype))
+    rows = [y[:, i : i + count[0], :, i * features : (i + 1) * features] for i in range(high)]
+    return sum(rows[1:], rows[0])
 
 
 def _convolve_by_pairs(x: Array, kernel: Array, padding: Padding) -> Array:
@@ -142,7 +160,7 @@ def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     if _is_product(kernel, stride, padding):
         return lax.platform_dependent(x, kernel, cpu=_product, default=convolution)
     if x.shape[-1] <= 4 and stride <= 2:
-        image = partial(_convolve_by_pairs if stride == 1 else _convolve_by_squares, padding=padding)
+        image = partial(_convolve_by_pairs if stride == 1 else convolve_by_squares, padding=padding)
         return lax.platform_dependent(x, kernel, cpu=image, default=convolution)
     pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
     if x.dtype == jnp.float32 and winograd.pays(x.shape, kernel.shape, stride, pads):

@@ -10,33 +10,33 @@ Array = jax.Array
 
 
 def overlap(box: Array, boxes: Array, of_smaller: bool) -> Array:
-    """Intersection of box [4] with boxes [k, 4] as a share of their union, or of the smaller one."""
-    area = lambda b: (b[..., 2] - b[..., 0] + 1) * (b[..., 3] - b[..., 1] + 1)
-    width = jnp.minimum(box[2], boxes[:, 2]) - jnp.maximum(box[0], boxes[:, 0]) + 1
-    height = jnp.minimum(box[3], boxes[:, 3]) - jnp.maximum(box[1], boxes[:, 1]) + 1
+    """Intersection of box [4] with boxes [4, k] (coordinates first) as a share of their union, or of the smaller one."""
+    area = lambda b: (b[2] - b[0] + 1) * (b[3] - b[1] + 1)
+    width = jnp.minimum(box[2], boxes[2]) - jnp.maximum(box[0], boxes[0]) + 1
+    height = jnp.minimum(box[3], boxes[3]) - jnp.maximum(box[1], boxes[1]) + 1
     shared = jnp.maximum(width, 0) * jnp.maximum(height, 0)
     return shared / (jnp.minimum(area(box), area(boxes)) if of_smaller else area(box) + area(boxes) - shared)
 
 
 @partial(jax.vmap, in_axes=(0, 0, None, None))
 def suppress(boxes: Array, scores: Array, threshold: float, of_smaller: bool) -> Array:
-    """Non-maximum suppression, batched: boxes [b, k, 4], scores [b, k] (-inf: no box) -> which stay [b, k] bool.
+    """Non-maximum suppression, batched: boxes [b, k, 4], best first, scores [b, k] (-inf: no box) -> which stay [b, k] bool.
 
-    Takes the best box left (of equals the first), drops those that overlap it more than `threshold`, and goes on; as many rounds as boxes stay.
+    Takes the first box left, drops those that overlap it more than `threshold`, and goes on; as many rounds as boxes stay.
     """
+    count = len(scores)
+    order = jnp.arange(count)
+    first = lambda left: jnp.where(left, order, count).min()
+    corners = boxes.T
 
-    def more(state: tuple[Array, Array]) -> Array:
-        return jnp.isfinite(state[0]).any()
+    def take(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        left, kept, best = state
+        # A finished row of the batch goes through the loop with the others: no box is its best.
+        left &= ~(overlap(corners[:, best], corners, of_smaller) > threshold) & (order != best)
+        return left, kept | (order == best), first(left)
 
-    def take(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        left, kept = state
-        best = left.argmax()
-        dropped = (overlap(boxes[best], boxes, of_smaller) > threshold).at[best].set(True)
-        # A finished row of the batch goes through the loop with the others.
-        kept = kept.at[best].set(kept[best] | jnp.isfinite(left[best]))
-        return jnp.where(dropped, -jnp.inf, left), kept
-
-    return lax.while_loop(more, take, (scores, jnp.zeros(scores.shape, bool)))[1]
+    left = jnp.isfinite(scores)
+    return lax.while_loop(lambda state: state[2] < count, take, (left, jnp.zeros_like(left), first(left)))[1]
 
 
 def regress(boxes: Array, corrections: Array, inclusive: bool = True) -> Array:

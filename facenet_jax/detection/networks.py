@@ -3,6 +3,7 @@
 The published weights were trained on transposed images; `weights.mtcnn` turns their kernels, and the last maps are flattened with x first.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from facenet_jax import winograd
-from facenet_jax.convolution import conv2d, convolve
+from facenet_jax.convolution import convolve, convolve_by_rows, convolve_by_squares, convolve_valid
 from facenet_jax.layers import Conv, Dense, convolve_together, max_pool
 
 Array = jax.Array
@@ -26,13 +27,14 @@ class _PReLU(nn.Module):
         return jnp.where(x > 0, x, x * slope)
 
 
-class _FilteredConv(Conv):
-    """3x3 without padding; on a CPU by `winograd`, of fewer channels than it pays for elsewhere: maps are small here and their sums stay in the cache."""
+class _CachedConv(Conv):
+    """3x3 without padding of maps that stay in a CPU's cache: there `on_cpu`, which would not pay for larger ones."""
+
+    on_cpu: Callable[[Array, Array], Array] = partial(winograd.convolve, pads=[(0, 0), (0, 0)])
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.variables_of(x.shape[-1])
-        filtered = partial(winograd.convolve, pads=[(0, 0), (0, 0)])
-        return lax.platform_dependent(x, kernel, cpu=filtered, default=lambda a, k: convolve(a, k, 1, "VALID")) + bias
+        return lax.platform_dependent(x, kernel, cpu=self.on_cpu, default=convolve_valid) + bias
 
 
 class _ConvPool(nn.Module):
@@ -51,7 +53,8 @@ class _ConvPool(nn.Module):
         slope = self.param("slope", nn.initializers.constant(0.25), (self.features,), jnp.float32)
         places = [(i, j) for i in (0, 1) for j in (0, 1)]
         packed = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in places], -1)
-        y = conv2d(x, packed, 2, "VALID")
+        on_cpu = partial(convolve_by_squares, padding="VALID", inner=convolve_by_rows)
+        y = lax.platform_dependent(x, packed, cpu=on_cpu, default=partial(convolve, stride=2, padding="VALID"))
         y = y.reshape(*y.shape[:3], 4, self.features) + bias
         y = jnp.where(y > 0, y, y * slope)
         # A pool at the edge of an odd map holds places beyond it.
@@ -72,8 +75,8 @@ class PNet(nn.Module):
         x = _ConvPool(name="conv1")(x, inside)
         # Nothing between the images may be infinite: 0 * inf.
         x = jnp.where(jnp.isfinite(x), x, 0)
-        x = _PReLU(name="prelu2")(_FilteredConv(16, use_bias=True, name="conv2")(x))
-        x = _PReLU(name="prelu3")(Conv(32, 3, 1, "VALID", True, name="conv3")(x))
+        x = _PReLU(name="prelu2")(_CachedConv(16, use_bias=True, on_cpu=convolve_by_rows, name="conv2")(x))
+        x = _PReLU(name="prelu3")(_CachedConv(32, use_bias=True, name="conv3")(x))
         heads = Conv(4, 1, use_bias=True, name="boxes"), Conv(2, 1, use_bias=True, name="scores")
         boxes, scores = jnp.split(convolve_together(heads, x), [4], -1)
         return _face(scores), boxes
@@ -100,7 +103,7 @@ class ONet(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, Array, Array]:
         x = _PReLU(name="prelu1")(Conv(32, 3, 1, "VALID", True, name="conv1")(x))
         x = max_pool(x, 3, 2, "SAME")
-        x = _PReLU(name="prelu2")(_FilteredConv(64, use_bias=True, name="conv2")(x))
+        x = _PReLU(name="prelu2")(_CachedConv(64, use_bias=True, name="conv2")(x))
         x = max_pool(x, 3, 2)
         x = _PReLU(name="prelu3")(Conv(64, 3, 1, "VALID", True, name="conv3")(x))
         x = max_pool(x, 2, 2, "SAME")

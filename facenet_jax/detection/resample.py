@@ -92,7 +92,7 @@ def _means(rows: Array, start: Array, end: Array, reach: int) -> Array:
 
 
 def running_sums(photographs: Array) -> tuple[Array, Array]:
-    """uint8 [b, h, w, 3] -> sums down columns [b, h + 1, w, 3], and sums over rectangles from the corner [b, h + 1, w + 1, 3], int32.
+    """uint8 [b, h, w, 3] -> sums down columns [h + 1, b, w, 3], and sums over rectangles from the corner [b, h + 1, w + 1, 3], int32.
 
     Sums over rectangles may pass 2^31 and wrap; their differences do not.
     """
@@ -100,13 +100,13 @@ def running_sums(photographs: Array) -> tuple[Array, Array]:
     def loop(photographs: Array) -> Array:
         # Reads each row once.
         rows = jnp.moveaxis(jnp.pad(photographs, ((0, 0), (0, 1), (0, 0), (0, 0))), 1, 0)
-        return jnp.moveaxis(lax.scan(lambda total, row: (total + row, total), jnp.zeros(rows.shape[1:], jnp.int32), rows)[1], 0, 1)
+        return lax.scan(lambda total, row: (total + row, total), jnp.zeros(rows.shape[1:], jnp.int32), rows)[1]
 
     def at_once(photographs: Array) -> Array:
-        return jnp.pad(jnp.cumsum(photographs.astype(jnp.int32), 1), ((0, 0), (1, 0), (0, 0), (0, 0)))
+        return jnp.pad(jnp.cumsum(jnp.moveaxis(photographs, 1, 0).astype(jnp.int32), 0), ((1, 0), (0, 0), (0, 0), (0, 0)))
 
     columns = lax.platform_dependent(photographs, cpu=loop, default=at_once)
-    return columns, jnp.pad(jnp.cumsum(columns, 2), ((0, 0), (0, 0), (1, 0), (0, 0)))
+    return columns, jnp.pad(jnp.cumsum(jnp.moveaxis(columns, 1, 0), 2), ((0, 0), (0, 0), (1, 0), (0, 0)))
 
 
 def _boundaries(size: Array, out: int, corner: Array, limit: int) -> tuple[Array, Array]:
@@ -122,32 +122,38 @@ def crops(photographs: Array, columns: Array, corners: Array, owner: Array, box:
     Boxes have both corners inside and count from 1; what lies outside the photograph is black. An accelerator takes all together, a CPU one by one.
     """
     if jax.default_backend() == "cpu":
-        return lax.map(lambda pair: crop_by_columns(columns, pair[0], pair[1], side), (owner, box))
+        return crops_by_columns(columns, owner, box, side)
     return jax.vmap(lambda owner, box: crop_by_sums(photographs, corners, owner, box, side))(owner, box)
 
 
-def crop_by_columns(columns: Array, owner: Array, box: Array, side: int) -> Array:
-    """One of `crops` [side, side, 3], as `shrink` does it, of a piece of the photograph about as wide as the box."""
-    height, width = columns.shape[1] - 1, columns.shape[2]
-    corner, size = _placed(box)
-    (top, bottom), (start, end) = (intervals(size[axis], side, side, (size >= side).all()) for axis in (0, 1))
-
-    def from_window(window: int) -> Array:
-        left = jnp.clip(corner[1], 0, width - window)
-        row_at = jax.vmap(lambda row: lax.dynamic_slice(columns, (owner, row, left, 0), (1, 1, window, 3))[0, 0])
-
-        def down_to(places: Array) -> tuple[Array, Array]:
-            inside = jnp.clip(corner[0] + places, 0, height)
-            whole = jnp.minimum(inside.astype(jnp.int32), height - 1)
-            sums = row_at(whole)
-            return sums, (inside - whole)[:, None, None] * (row_at(whole + 1) - sums)
-
-        rows = _between(down_to(top), down_to(bottom)) / (bottom - top)[:, None, None]
-        return jnp.einsum("jw,iwc->ijc", _shares(corner[1] + start, corner[1] + end, left + jnp.arange(window)), rows)
-
+def crops_by_columns(columns: Array, owner: Array, box: Array, side: int) -> Array:
+    """`crops` one by one as `shrink` does it, each of a piece of the photograph about as wide as the box."""
+    height, width = columns.shape[0] - 1, columns.shape[2]
     windows = [*(window for window in _WINDOWS if window < width), width]
-    larger = [(size[1] > window).astype(jnp.int32) for window in windows[:-1]]
-    return lax.switch(sum(larger, jnp.zeros((), jnp.int32)), [partial(from_window, window) for window in windows])
+
+    # For all at once what is small: alone, each of these operations costs as much as a row of pixels.
+    @jax.vmap
+    def plan(box: Array) -> tuple:
+        corner, size = _placed(box)
+        (top, bottom), (start, end) = (intervals(size[axis], side, side, (size >= side).all()) for axis in (0, 1))
+        edges = jnp.clip(corner[0] + jnp.stack([top, bottom]), 0, height)
+        whole = jnp.minimum(edges.astype(jnp.int32), height - 1)
+        return sum(size[1] > window for window in windows[:-1]), whole, edges - whole, bottom - top, corner[1], start, end
+
+    def cut(owner: Array, whole: Array, part: Array, rows_in: Array, left: Array, start: Array, end: Array, window: int) -> Array:
+        at = jnp.clip(left, 0, width - window)
+        row_at = jax.vmap(lambda row: lax.dynamic_slice(columns, (row, owner, at, 0), (1, 1, window, 3))[0, 0])
+
+        def down_to(whole: Array, part: Array) -> tuple[Array, Array]:
+            sums = row_at(whole)
+            return sums, part[:, None, None] * (row_at(whole + 1) - sums)
+
+        rows = _between(down_to(whole[0], part[0]), down_to(whole[1], part[1])) / rows_in[:, None, None]
+        return jnp.einsum("jw,iwc->ijc", _shares(left + start, left + end, at + jnp.arange(window)), rows)
+
+    branches = [partial(cut, window=window) for window in windows]
+    which, *planned = plan(box)
+    return lax.map(lambda one: lax.switch(one[0], branches, *one[1:]), (which, owner, *planned))
 
 
 def _placed(box: Array) -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ def test_suppression_keeps_what_a_loop_keeps(seed, count, of_smaller):
     rng = np.random.default_rng(seed)
     corner = rng.integers(0, 40, (24, 2))
     box = np.concatenate([corner, corner + rng.integers(1, 30, (24, 2))], 1).astype(np.float32)
-    score = rng.permutation(24).astype(np.float32) / 24
+    score = np.arange(24, 0, -1).astype(np.float32) / 24
     score[count:] = -np.inf
     kept = np.asarray(suppress(box[None], score[None], 0.5, of_smaller))[0]
     expected = reference.suppress(np.concatenate([box[:count], score[:count, None]], 1), 0.5, of_smaller)
@@ -32,7 +32,7 @@ def test_rows_of_a_batch_do_not_disturb_each_other():
     rng = np.random.default_rng(0)
     corner = rng.integers(0, 30, (5, 16, 2))
     box = np.concatenate([corner, corner + rng.integers(5, 30, (5, 16, 2))], -1).astype(np.float32)
-    score = rng.random((5, 16)).astype(np.float32)
+    score = -np.sort(-rng.random((5, 16)).astype(np.float32))
     score[2] = -np.inf  # a photograph without boxes goes through the same loop
     together = np.asarray(suppress(box, score, 0.5, False))
     for row in range(5):
@@ -61,7 +61,7 @@ def test_pyramid_levels_are_opencvs(size, scale):
     out = int(np.ceil(size[0] * scale)), int(np.ceil(size[1] * scale))
     columns, _ = resample.running_sums(canvas[None])
     room = (out[0] + 5, out[1] + 3)
-    level = np.asarray(jax.jit(resample.shrink, static_argnums=(3, 4))(columns[0], jnp.asarray(size), jnp.asarray(out), room, scale))[
+    level = np.asarray(jax.jit(resample.shrink, static_argnums=(3, 4))(columns[:, 0], jnp.asarray(size), jnp.asarray(out), room, scale))[
         : out[0], : out[1]
     ]
     expected = cv2.resize(photograph, out[::-1], interpolation=cv2.INTER_AREA).astype(int)
@@ -72,7 +72,7 @@ def test_pyramid_levels_are_opencvs(size, scale):
 
 def by_columns(photographs, owner, box, side):
     columns, _ = resample.running_sums(photographs)
-    return jax.lax.map(lambda pair: resample.crop_by_columns(columns, *pair, side), (owner, box))
+    return resample.crops_by_columns(columns, owner, box, side)
 
 
 def by_sums(photographs, owner, box, side):
