@@ -69,3 +69,22 @@ def test_kernel_gradient_by_patches_at_any_size(n, side, limit):
     finally:
         convolution._PATCH_FLOATS = before
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 4)] * 4, st.integers(0, 3), st.integers(0, 4)))
+def test_convolution_by_rows(sizes):
+    high, wide, channels, features, *more = sizes
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, high + more[0], wide + more[1], channels)).astype(np.float32)
+    kernel = rng.normal(size=(high, wide, channels, features)).astype(np.float32)
+    found = convolution.convolve_by_rows(jnp.asarray(x), jnp.asarray(kernel))
+    np.testing.assert_allclose(found, conv_loops(x, kernel, 1, [(0, 0), (0, 0)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [convolution.convolve_valid, convolution.convolve_by_rows])
+def test_convolution_by_squares(inner):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 9, 8, 3)).astype(np.float32), rng.normal(size=(4, 3, 3, 5)).astype(np.float32)
+    found = convolution.convolve_by_squares(jnp.asarray(x), jnp.asarray(kernel), ((1, 2), (0, 1)), inner)
+    np.testing.assert_allclose(found, conv_loops(x, kernel, 2, [(1, 2), (0, 1)]), atol=1e-4)

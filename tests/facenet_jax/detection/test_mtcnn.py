@@ -95,6 +95,20 @@ def test_equals_one_photograph_at_a_time():
         np.testing.assert_allclose(found.points[rank(found.boxes)], points[rank(boxes[:, :4])], atol=0.05)
 
 
+def test_the_accelerators_way_finds_the_same(monkeypatch):
+    """Batches whole through P-Net, crops gathered from sums: what this process's backend would take, were it a GPU."""
+    opened = [images.open_photograph(data)[::2, ::2] for data in lfw(1900)[1]]
+    expected = detector()(opened)
+    assert sum(len(found) for found in expected) >= 2
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mtcnn, "_compiled", lambda: jax.jit(mtcnn._detect, static_argnames=("scales", "settings")))
+    monkeypatch.setattr(mtcnn, "_BATCH", len(opened))
+    for found, wanted in zip(detector()(opened), expected, strict=True):
+        np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-4)
+        np.testing.assert_allclose(found.boxes, wanted.boxes, atol=0.01)
+        np.testing.assert_allclose(found.points, wanted.points, atol=0.01)
+
+
 def test_company_and_canvas_do_not_matter():
     opened = [images.open_photograph(photographs()[name])[:240, :250] for name in ("one_person.jpg", "five_people.jpg", "two_people.jpg")]
     together = detector()(opened)
